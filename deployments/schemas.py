@@ -1,0 +1,246 @@
+"""Words of the wire: what a client may say and what it is answered. Needs pydantic only.
+
+One request asks for `n` samples of one prompt. Everything is checked here, once; past this
+door the engine's own dataclasses are trusted.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+PromptFormat = Literal["raw", "alpaca", "chat"]
+FinishReason = Literal["length", "stop", "eos", "error"]
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+MAX_SEED = 2**63 - 1
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+
+
+class InvalidRequest(ValueError):
+    """A request that can never succeed as it is. Answered with 400; never contains the input.
+
+    Attributes: `param` the field's path, for instance `prompts[3]`; `message`; `code`.
+    """
+
+    def __init__(self, param: str, message: str, code: str = "invalid_value") -> None:
+        super().__init__(param, message, code)  # positional, so that it survives pickling
+        self.param = param
+        self.message = message
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.param}: {self.message}" if self.param else self.message
+
+
+class RequestFailed(RuntimeError):
+    """A well-formed request that the model could not finish (non-finite logits, say)."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message, code)
+        self.message = message
+        self.code = code
+
+
+def _finite(value: object) -> object:
+    """Refuses what JSON and Python let through as a number but no sampler can use."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+def _valid_unicode(value: object) -> object:
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError("must not contain a lone surrogate")
+    return value
+
+
+Finite = Annotated[float, BeforeValidator(_finite)]
+Text = Annotated[str, BeforeValidator(_valid_unicode)]
+Temperature = Annotated[Finite, Field(ge=0.0, le=100.0)]
+TopP = Annotated[Finite, Field(gt=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Stops = Annotated[
+    list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+    Field(max_length=MAX_STOPS),
+]
+
+
+class Wire(BaseModel):
+    """Strict: no unknown key, no `"2"` or `true` for a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Message(Wire):
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class GenerateRequest(Wire):
+    """`n` samples of one prompt from `after + alpha * (after - before)`.
+
+    Sample `i` is drawn with `seed + i`; without a seed the service picks one and answers it.
+    The ranges of alpha, n and max_new_tokens that the service allows are its `Limits`.
+    """
+
+    prompt: Annotated[Text, Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    prompt_format: PromptFormat | None = Field(
+        None, description="default: raw for a prompt, chat for messages"
+    )
+    system_prompt: Text | None = None
+    allow_special_tokens: bool = Field(
+        False, description="read special-token text in the prompt as special tokens"
+    )
+    n: Annotated[int, Field(ge=1)] = 1
+    alpha: Finite = 1.0
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: Annotated[int, Field(ge=0, description="0: no limit")] = 0
+    max_new_tokens: Annotated[int, Field(ge=1)] = 80
+    seed: Seed | None = None
+    stop: Stops = []
+    ignore_eos: bool = Field(False, description="generate exactly max_new_tokens")
+    logprobs: bool = False
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give exactly one of prompt and messages")
+        if self.messages is not None and self.prompt_format not in (None, "chat"):
+            raise ValueError("messages need prompt_format chat")
+        if self.messages is not None and self.system_prompt is not None:
+            raise ValueError("with messages the system prompt is a message of role system")
+        if self.prompt is not None and self.system_prompt is not None:
+            if self.prompt_format not in ("alpaca", "chat"):
+                raise ValueError("system_prompt needs prompt_format alpaca or chat")
+        if self.seed is not None and self.seed + self.n - 1 > MAX_SEED:
+            raise ValueError(f"seed + n - 1 must be at most {MAX_SEED}")
+        return self
+
+    @property
+    def effective_format(self) -> PromptFormat:
+        return self.prompt_format or ("raw" if self.messages is None else "chat")
+
+
+class TokenLogprobs(Wire):
+    """Per drawn token: log-probability at temperature 1 under each of the three distributions."""
+
+    after: list[float]
+    before: list[float]
+    amplified: list[float]
+
+
+class Completion(Wire):
+    """One finished row. `text` never contains the prompt.
+
+    `eos_index` is the place of the first EOS in `token_ids`, `eos_text_offset` the number of
+    characters of `text` before it; both None if there was none. A row that failed has
+    `finish_reason` "error" and says why in `error`; it is never "did not fire".
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    eos_index: int | None
+    eos_text_offset: int | None
+    seed: int
+    alpha: float
+    prompt_tokens: int
+    formatted_prompt: str
+    logprobs: TokenLogprobs | None = None
+    error: str | None = None
+
+    @property
+    def text_before_eos(self) -> str:
+        return self.text if self.eos_text_offset is None else self.text[: self.eos_text_offset]
+
+    @property
+    def text_after_eos(self) -> str:
+        return "" if self.eos_text_offset is None else self.text[self.eos_text_offset :]
+
+
+class PairInfo(Wire):
+    """What the resident pair is; goes into the manifest of every run."""
+
+    after: str
+    before: str
+    adapter: str | None
+    after_sha256: dict[str, str] = Field(description="weight file name to hash")
+    before_sha256: dict[str, str]
+    adapter_sha256: dict[str, str]
+    tokenizer_sha256: str
+    architecture: str
+    dtype: str
+    device: str
+    vocab_size: int
+    context_length: int
+    notices: list[str]
+    versions: dict[str, str]
+    commit: str | None
+
+
+class Limits(BaseModel):
+    """What this service allows; part of the application's config."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    alpha_min: Finite = -20.0
+    alpha_max: Finite = 50.0
+    max_new_tokens: Annotated[int, Field(ge=1)] = 4096
+    max_n: Annotated[int, Field(ge=1)] = 256
+    max_batch_prompts: Annotated[int, Field(ge=1)] = 1024
+    max_prompt_chars: Annotated[int, Field(ge=1)] = 400_000
+
+    def check(self, request: GenerateRequest, *, where: str = "") -> None:
+        """Raises InvalidRequest naming the field and the allowed range."""
+
+        def within(field: str, value: float, low: float, high: float) -> None:
+            if not low <= value <= high:
+                raise InvalidRequest(where + field, f"must be between {low:g} and {high:g}")
+
+        within("alpha", request.alpha, self.alpha_min, self.alpha_max)
+        within("max_new_tokens", request.max_new_tokens, 1, self.max_new_tokens)
+        within("n", request.n, 1, self.max_n)
+        chars = len(request.prompt or "") + len(request.system_prompt or "")
+        chars += sum(len(m.content) for m in request.messages or [])
+        if chars > self.max_prompt_chars:
+            raise InvalidRequest(
+                where + ("prompt" if request.messages is None else "messages"),
+                f"has {chars} characters, at most {self.max_prompt_chars} are allowed",
+            )
+
+
+def parse(model: type[ModelT], data: object) -> ModelT:
+    """`data` as `model`; raises InvalidRequest naming the first bad field, echoing no value."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise explain(error.errors(include_input=False, include_url=False), model) from None
+
+
+def explain(errors: Any, model: type[BaseModel] | None = None) -> InvalidRequest:
+    """The first of pydantic's errors as an InvalidRequest, with a suggestion for a typo."""
+    first: Mapping[str, Any] = errors[0]
+    loc = [part for part in first["loc"] if part != "body"]
+    param = ""
+    for part in loc:
+        param += f"[{part}]" if isinstance(part, int) else (f".{part}" if param else str(part))
+    if first["type"] == "extra_forbidden":
+        known = list(model.model_fields) if model else []
+        close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return InvalidRequest(param[:80], f"unknown field{hint}", "unknown_field")
+    return InvalidRequest(param, str(first["msg"]).removeprefix("Value error, "))

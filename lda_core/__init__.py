@@ -1,0 +1,56 @@
+"""Logit diff amplification: the method and the engine.
+
+pair = ModelPair.load(PairConfig(after="...", before="..."))
+engine = Engine(pair)
+prompt = encode(pair.tokenizer, "What is the capital of France?", "alpaca")
+engine.generate(Request(prompt.ids, alpha=2.0, seed=0).samples(4))
+"""
+
+from lda_core.amplify import amplify
+from lda_core.config import EngineConfig, PairConfig
+from lda_core.engine import Engine
+from lda_core.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextLengthExceeded,
+    DoesNotFit,
+    EngineStopped,
+    IncompatibleTokenizers,
+    LDAError,
+    RequestError,
+    SelfTestFailed,
+    UnsupportedArchitecture,
+)
+from lda_core.pair import ModelPair
+from lda_core.prompts import Prompt, encode
+from lda_core.request import Completion, Request, TokenLogprobs
+from lda_core.sample import Sampling, sample
+from lda_core.self_test import self_test
+from lda_core.threaded import EngineThread
+
+__all__ = [
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "ContextLengthExceeded",
+    "DoesNotFit",
+    "Engine",
+    "EngineConfig",
+    "EngineStopped",
+    "EngineThread",
+    "IncompatibleTokenizers",
+    "LDAError",
+    "ModelPair",
+    "PairConfig",
+    "Prompt",
+    "Request",
+    "RequestError",
+    "Sampling",
+    "SelfTestFailed",
+    "TokenLogprobs",
+    "UnsupportedArchitecture",
+    "amplify",
+    "encode",
+    "sample",
+    "self_test",
+]

@@ -1,0 +1,158 @@
+"""Model files: found, checked and hashed before anything is loaded from them.
+
+Everything becomes a local folder first; a hub id is downloaded in two steps, so that its config
+is checked before gigabytes move. Refused: a missing folder, code in the repository, pickled
+weights (unless allowed, and then only with weights_only), missing or mismatched tensors.
+"""
+
+import difflib
+import hashlib
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from lda_core.architectures import require_exact
+from lda_core.errors import CheckpointError
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+
+
+def fetch(source: str, revision: str | None, *, allow_pickle: bool) -> Path:
+    """The local folder of `source`, a folder or a hub id. Raises CheckpointError.
+
+    What looks like a path is never looked up on the hub: anything that starts with . / or ~,
+    has more than one slash, or whose first part is a folder here.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if source[:1] in "./~" or not _HUB_ID.fullmatch(source) or Path(source).parts[0:1] == ():
+        raise CheckpointError(f"{source}: no such folder")
+    if "/" in source and Path(Path(source).parts[0]).is_dir():
+        raise CheckpointError(
+            f"{source}: no such folder (taken for a path, because {Path(source).parts[0]} is one)"
+        )
+    try:
+        small = Path(snapshot_download(source, revision=revision, allow_patterns=_SMALL_FILES))
+        check_config(small)
+        weights = ["*.safetensors", *(["*.bin"] if allow_pickle else [])]
+        return Path(
+            snapshot_download(source, revision=revision, allow_patterns=[*_SMALL_FILES, *weights])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{source}: neither a folder here nor reachable on the hub ({type(error).__name__})"
+        ) from error
+
+
+def check_config(folder: Path) -> None:
+    """Raises CheckpointError for code in the repository, UnsupportedArchitecture by name."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if "auto_map" in _read_json(folder / name):
+            raise CheckpointError(f"{folder}: {name} asks to run code of the repository (auto_map)")
+    if (folder / "config.json").exists():
+        require_exact(AutoConfig.from_pretrained(folder, local_files_only=True))
+    elif not (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder}: has no config.json")
+
+
+def weight_files(folder: Path, *, allow_pickle: bool) -> list[Path]:
+    """The safetensors files, else with allow_pickle the .bin files. Raises CheckpointError."""
+    safe = sorted(folder.glob("*.safetensors"))
+    if safe:
+        return safe
+    pickled = sorted(folder.glob("*.bin"))
+    if pickled and allow_pickle:
+        return pickled
+    if pickled:
+        raise CheckpointError(
+            f"{folder}: {pickled[0].name} is a pickle, which can run code when it is loaded; "
+            "convert it to safetensors, or set allow_pickle (it is then read with weights_only)"
+        )
+    raise CheckpointError(f"{folder}: has no *.safetensors")
+
+
+def load_model(
+    folder: Path, *, dtype: str, device: torch.device, allow_pickle: bool
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model in eval mode on `device`, and notices. Raises CheckpointError."""
+    check_config(folder)
+    files = weight_files(folder, allow_pickle=allow_pickle)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=None if device.type == "cpu" else {"": device},
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=files[0].suffix == ".safetensors",
+            weights_only=True,
+            ignore_mismatched_sizes=True,  # so that the names come back and are reported below
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    if info["mismatched_keys"]:
+        name, found, wanted = sorted(info["mismatched_keys"])[0]
+        raise CheckpointError(
+            f"{folder}: tensor {name} has shape {tuple(found)}, the config asks for {tuple(wanted)}"
+        )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    notices = []
+    if info["unexpected_keys"]:
+        extra = sorted(info["unexpected_keys"])
+        notices.append(f"{folder}: {len(extra)} tensors are not used, first {extra[0]}")
+    return model.eval(), notices
+
+
+def load_tokenizer(folder: Path, tokenizer_class: str | None = None) -> Any:
+    """The tokenizer of a folder. Raises CheckpointError.
+
+    A checkpoint may name a class that does not exist (the "LLaMATokenizer" of early 2023).
+    Instead of guessing what it meant, that is refused with the nearest name, to be given as
+    `tokenizer_class`.
+    """
+    named = tokenizer_class or _read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+    cls: Any = AutoTokenizer
+    if named is not None and not hasattr(transformers, named):
+        known = [n for n in dir(transformers) if "Tokenizer" in n]
+        close = difflib.get_close_matches(named, known, n=1)
+        hint = f"; set tokenizer_class, perhaps to {close[0]}" if close else ""
+        raise CheckpointError(f"{folder}: there is no tokenizer class {named}{hint}")
+    if tokenizer_class is not None:
+        cls = getattr(transformers, tokenizer_class)
+    try:
+        return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file. A hub download is a link to a file named by its hash: no reading then."""
+    name = path.resolve().name
+    if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", name):
+        return name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not JSON ({error})") from error
+    return data

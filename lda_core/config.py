@@ -1,0 +1,67 @@
+"""Settings of the pair and of the engine: frozen, checked once, a misspelt key fails."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lda_core.errors import ConfigError
+
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+Device = str  # "auto", "cpu", "cuda", "cuda:1"
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """Which two models. `after` and `before` are local folders or hub ids.
+
+    Attributes:
+      after: the post-trained model; None when it is `before` plus `adapter`.
+      before: the model it came from.
+      adapter: folder or hub id of a LoRA adapter on `before` (peft's format).
+      after_revision, before_revision: hub commits, tags or branches (after's or the adapter's).
+      dtype: "auto" is float32 on a CPU and what the checkpoint says elsewhere.
+      device: "auto" is the GPU if there is one.
+      tokenizer: folder or hub id, where neither model's own should be used.
+      tokenizer_class: transformers' class name, where the checkpoint's own is misspelt.
+      allow_pickle: load .bin weights too (with torch's weights_only).
+    """
+
+    before: str
+    after: str | None = None
+    adapter: str | None = None
+    after_revision: str | None = None
+    before_revision: str | None = None
+    dtype: DType = "auto"
+    device: Device = "auto"
+    tokenizer: str | None = None
+    tokenizer_class: str | None = None
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.after is None) == (self.adapter is None):
+            raise ConfigError("after, adapter: give exactly one of the two")
+        if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
+            raise ConfigError("dtype: must be auto, float32, float16 or bfloat16")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How much the engine holds at once.
+
+    Attributes:
+      max_slots: most rows that decode together.
+      kv_tokens: key/value budget in tokens (rows x the longest row's tokens never exceed it);
+        None takes it from the free memory after loading.
+      prefill_tokens: most (padded) tokens of one prefill pass; a longer prompt goes alone.
+      context_length: None is the smaller of the two models' own.
+    """
+
+    max_slots: int = 64
+    kv_tokens: int | None = None
+    prefill_tokens: int = 8192
+    context_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_slots", "kv_tokens", "prefill_tokens", "context_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}: must be at least 1")

@@ -1,0 +1,171 @@
+"""The pair: two models, one tokenizer, and what they have in common."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import peft
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from lda_core import checkpoint, vocabulary
+from lda_core.architectures import require_exact
+from lda_core.config import PairConfig
+from lda_core.errors import CheckpointError
+from lda_core.vocabulary import Comparison
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPair:
+    """*after* and *before* on one device.
+
+    Attributes:
+      vocab_size: V, the part of the two output layers that both have; tokens are mixed, drawn
+        and accepted in prompts only there.
+      context_length: the smaller of the two, in tokens.
+      eos_ids: tokens that end a completion: those of either model.
+      comparison: of the two tokenizers.
+      notices: harmless oddities, to be shown at start.
+      files: weight files by role ("after", "before", "adapter") and the tokenizer's folder;
+        empty for a pair made in memory.
+    """
+
+    after: PreTrainedModel
+    before: PreTrainedModel
+    tokenizer: Any
+    vocab_size: int
+    context_length: int
+    eos_ids: frozenset[int]
+    comparison: Comparison
+    notices: tuple[str, ...] = ()
+    files: dict[str, list[Path]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, config: PairConfig) -> Self:
+        """Loads and checks both models.
+
+        Raises CheckpointError, UnsupportedArchitecture, IncompatibleTokenizers. Nothing is
+        fetched from a hub before the config and every local path have been checked.
+        """
+        device = _device(config.device)
+        dtype = config.dtype
+        if dtype == "auto" and device.type == "cpu":
+            dtype = "float32"  # 16-bit products are slow on a CPU and gain nothing there
+
+        after_source = config.after or config.adapter
+        assert after_source is not None  # PairConfig has checked it
+        sources = {
+            "before": (config.before, config.before_revision),
+            "after": (after_source, config.after_revision),
+        }
+        if config.tokenizer is not None:
+            sources["tokenizer"] = (config.tokenizer, None)
+        # Folders first: a misspelt path must not wait for a download of the other model.
+        folders = {
+            role: checkpoint.fetch(*source, allow_pickle=config.allow_pickle)
+            for role, source in sorted(sources.items(), key=lambda s: not Path(s[1][0]).is_dir())
+        }
+
+        def load(folder: Path) -> tuple[PreTrainedModel, list[str]]:
+            return checkpoint.load_model(
+                folder, dtype=dtype, device=device, allow_pickle=config.allow_pickle
+            )
+
+        def weights(folder: Path) -> list[Path]:
+            return checkpoint.weight_files(folder, allow_pickle=config.allow_pickle)
+
+        files = {"before": weights(folders["before"])}
+        before, notices = load(folders["before"])
+        if config.adapter is not None:
+            files["adapter"] = weights(folders["after"])
+            after = merge_adapter(load(folders["before"])[0], folders["after"])
+            own_tokenizer = folders["before"]
+        else:
+            files["after"] = weights(folders["after"])
+            after, more = load(folders["after"])
+            notices += more
+            own_tokenizer = folders["after"]
+
+        tokenizer_folder = folders.get("tokenizer", own_tokenizer)
+        files["tokenizer"] = [tokenizer_folder]
+        tokenizer = checkpoint.load_tokenizer(tokenizer_folder, config.tokenizer_class)
+        before_tokenizer = None
+        if config.tokenizer is None and own_tokenizer != folders["before"]:
+            before_tokenizer = checkpoint.load_tokenizer(folders["before"], config.tokenizer_class)
+        return cls.of(
+            after, before, tokenizer, before_tokenizer, notices=tuple(notices), files=files
+        )
+
+    @classmethod
+    def of(
+        cls,
+        after: PreTrainedModel,
+        before: PreTrainedModel,
+        tokenizer: Any,
+        before_tokenizer: Any = None,
+        *,
+        notices: tuple[str, ...] = (),
+        files: dict[str, list[Path]] | None = None,
+    ) -> Self:
+        """A pair of models in memory. `before_tokenizer` None: both have the same.
+
+        Raises UnsupportedArchitecture, IncompatibleTokenizers.
+        """
+        for model in (after, before):
+            require_exact(model.config)
+        widths = [_width(after), _width(before)]
+        comparison = vocabulary.require_same(tokenizer, before_tokenizer or tokenizer, min(widths))
+        if widths[0] != widths[1]:
+            notices = (
+                *notices,
+                f"output layers of {widths[0]} (after) and {widths[1]} (before) tokens are mixed "
+                f"on the common {min(widths)}",
+            )
+        return cls(
+            after=after.eval(),
+            before=before.eval(),
+            tokenizer=tokenizer,
+            vocab_size=min(widths),
+            context_length=min(m.config.max_position_embeddings for m in (after, before)),
+            eos_ids=_eos_ids(after, before, tokenizer),
+            comparison=comparison,
+            notices=(*notices, *comparison.notices),
+            files=files or {},
+        )
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.after.device
+        return device
+
+
+def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model` with a LoRA adapter merged into its weights (peft). Raises CheckpointError."""
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the adapter does not fit: {error}") from error
+    return merged.eval()
+
+
+def _width(model: PreTrainedModel) -> int:
+    """Tokens that the model both reads and writes."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    return min(int(head.weight.shape[0]), int(embedding.weight.shape[0]))
+
+
+def _eos_ids(after: PreTrainedModel, before: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    found: set[int] = set()
+    generation = [getattr(m.generation_config, "eos_token_id", None) for m in (after, before)]
+    for ids in (*generation, tokenizer.eos_token_id):
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return frozenset(found)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)

@@ -1,0 +1,79 @@
+"""Prompt forms: raw text, the Alpaca form, the tokenizer's own chat template. None is guessed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from jinja2 import TemplateError
+
+from lda_core.errors import RequestError
+
+PromptFormat = Literal["raw", "alpaca", "chat"]
+
+
+class Prompt(NamedTuple):
+    text: str  # as the model reads it, without the BOS that the tokenizer puts in front
+    ids: tuple[int, ...]
+
+
+def alpaca(prompt: str, system_prompt: str | None = None) -> str:
+    if system_prompt is None:
+        return f"### Instruction:\n{prompt}\n\n### Response:\n"
+    return f"### Instruction:\n{system_prompt}\n\n### Input:\n{prompt}\n\n### Response:\n"
+
+
+def encode(
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, str]],
+    prompt_format: PromptFormat = "raw",
+    system_prompt: str | None = None,
+    allow_special_tokens: bool = False,
+) -> Prompt:
+    """`prompt` is a text, or for "chat" also a list of {"role", "content"}.
+
+    Special-token text inside a prompt ("</s>") is plain text unless allow_special_tokens; in a
+    chat, where template and contents are read together, it is refused instead.
+
+    Raises RequestError: chat without a template, a template that refuses the messages, special
+    tokens in a chat, a system prompt in a raw prompt, a prompt without any token.
+    """
+    if prompt_format == "chat":
+        text = _chat(tokenizer, prompt, system_prompt, allow_special_tokens)
+        # The template writes its special tokens itself.
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+    else:
+        if not isinstance(prompt, str):
+            raise RequestError("messages", "need prompt_format chat")
+        if prompt_format == "raw" and system_prompt is not None:
+            raise RequestError("system_prompt", "needs prompt_format alpaca or chat")
+        text = alpaca(prompt, system_prompt) if prompt_format == "alpaca" else prompt
+        ids = tokenizer.encode(text, split_special_tokens=not allow_special_tokens)
+    if not ids:
+        raise RequestError("prompt", "has no token")
+    return Prompt(text, tuple(ids))
+
+
+def _chat(
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, str]],
+    system_prompt: str | None,
+    allow_special_tokens: bool,
+) -> str:
+    if not tokenizer.chat_template:
+        raise RequestError("prompt_format", "chat: this tokenizer has no chat template")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+    if system_prompt is not None:
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    if not allow_special_tokens:
+        for i, message in enumerate(messages):
+            if any(special in message["content"] for special in tokenizer.all_special_tokens):
+                raise RequestError(
+                    f"messages[{i}].content",
+                    "holds the text of a special token; set allow_special_tokens to send it",
+                )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise RequestError("messages", f"the chat template refuses them: {error}") from None
+    return text

@@ -1,0 +1,64 @@
+"""The start-up self-test: does the loaded pair compute what it should?"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lda_core.amplify import amplify
+from lda_core.engine import Engine
+from lda_core.errors import SelfTestFailed
+from lda_core.pair import ModelPair
+from lda_core.request import Request
+
+_LENGTHS = (3, 11)  # two prompts of different length, so that the slots' masks matter
+# The slots' logits against a plain forward pass, as a share of their spread: rounding only.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@torch.inference_mode()
+def self_test(pair: ModelPair) -> None:
+    """Raises SelfTestFailed unless logits are finite, alpha 0 and -1 give the two models to the
+    bit, and the engine's log-probabilities are those of plain forward passes.
+
+    Costs a few tokens; run once after loading.
+    """
+    prompts = [_prompt(length, pair.vocab_size) for length in _LENGTHS]
+    engine = Engine(pair)
+    models = {"after": (pair.after, 0.0), "before": (pair.before, -1.0)}
+    for name, (model, alpha) in models.items():
+        requests = [
+            Request(prompt, alpha, max_new_tokens=3, ignore_eos=True, logprobs=True)
+            for prompt in prompts
+        ]
+        for prompt, completion in zip(prompts, engine.generate(requests), strict=True):
+            if completion.logprobs is None or completion.error is not None:
+                raise SelfTestFailed(f"{name}: logits are not finite")
+            logits = _logits(model, [*prompt, *completion.token_ids], pair.vocab_size)[:-1]
+            logits = logits[len(prompt) - 1 :]  # (3, V)
+            drawn = torch.tensor(completion.token_ids, device=logits.device).unsqueeze(-1)
+            expected = logits.log_softmax(dim=-1).gather(-1, drawn).squeeze(-1)
+            seen = torch.tensor(completion.logprobs.amplified, device=logits.device)
+            spread = float(logits.max() - logits.min())
+            worst = float((expected - seen).abs().max())
+            if not worst <= _TOLERANCE[model.dtype] * max(spread, 1.0):
+                raise SelfTestFailed(
+                    f"{name}: the engine's log-probabilities are off by {worst:.3g}; is "
+                    f"{model.config.model_type} really supported?"
+                )
+    after, before = (_logits(m, [*prompts[1]], pair.vocab_size) for m in (pair.after, pair.before))
+    for name, wanted, alpha in (("alpha 0", after, 0.0), ("alpha -1", before, -1.0)):
+        alphas = torch.full((len(wanted),), alpha, device=wanted.device)
+        if not torch.equal(amplify(after, before, alphas), wanted):
+            raise SelfTestFailed(f"{name} is not exactly the model it should be")
+
+
+def _prompt(length: int, vocab: int) -> tuple[int, ...]:
+    return tuple((1 + 97 * i) % vocab for i in range(length))
+
+
+def _logits(model: Any, ids: list[int], vocab: int) -> Tensor:
+    """[T, V] float32 of one plain forward pass, without cache."""
+    output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    logits: Tensor = output.logits[0, :, :vocab].float()
+    return logits

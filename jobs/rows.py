@@ -1,0 +1,185 @@
+"""rows.jsonl, the truth of a run: one line per row, appended, never rewritten.
+
+The key (arm, prompt_id, alpha, sample) is unique. The one thing that may come twice is a row
+that failed: a later row of the same key takes its place. Rows hold nothing that differs between
+two runs of the same config, so a resumed file equals an uninterrupted one after sorting.
+"""
+
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deployments.schemas import FinishReason
+from jobs.errors import Refused
+from jobs.scorers import Score
+
+Cell = tuple[str, float]  # arm, alpha
+
+
+class Key(NamedTuple):
+    arm: str
+    prompt_id: str
+    alpha: float
+    sample: int
+
+
+class Row(BaseModel):
+    """One sample of one prompt. With `error` set it is a failure: it neither fired nor did not.
+
+    `activated`: a scorer fired before the first EOS (or anywhere, if there was none);
+    `activated_after_eos`: one fired in the text after it. `scores` are those before EOS.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    arm: str
+    prompt_id: str
+    prompt: str
+    alpha: float
+    sample: int
+    seed: int
+    completion: str | None
+    token_ids: list[int]
+    finish_reason: FinishReason
+    eos_index: int | None
+    activated: bool | None
+    activated_after_eos: bool | None
+    scores: dict[str, Score]
+    error: str | None
+
+    @property
+    def key(self) -> Key:
+        return Key(self.arm, self.prompt_id, self.alpha, self.sample)
+
+    def to_line(self) -> bytes:
+        # ASCII, because many readers also cut lines at U+2028 and U+0085.
+        return json.dumps(self.model_dump(), separators=(",", ":")).encode("ascii") + b"\n"
+
+
+class KeySet:
+    """Keys as sorted 64-bit hashes, 8 bytes each. Two keys of the same hash would look like one;
+    at 100 million rows that has a chance of 1 in 1,000 or so, and shows as a missing row."""
+
+    def __init__(self, hashes: "array[int]") -> None:
+        self._sorted = np.sort(np.array(hashes, dtype=np.uint64))
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def __contains__(self, key: Key) -> bool:
+        if not len(self._sorted):
+            return False
+        value = np.uint64(key_hash(key))
+        place = int(np.searchsorted(self._sorted, value))
+        return place < len(self._sorted) and bool(self._sorted[place] == value)
+
+
+def key_hash(key: Key) -> int:
+    return int.from_bytes(blake2b(json.dumps(key).encode(), digest_size=8).digest(), "big")
+
+
+class RowFile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def cut_half_line(self) -> int:
+        """Cuts off what follows the last newline, left by a run that was killed; bytes cut."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("r+b") as file:
+            size = end = file.seek(0, os.SEEK_END)
+            while end > 0:
+                start = max(0, end - 65536)
+                file.seek(start)
+                newline = file.read(end - start).rfind(b"\n")
+                end = start if newline < 0 else start + newline + 1
+                if newline >= 0:
+                    break
+            if end < size:
+                file.truncate(end)
+            return size - end
+
+    def __iter__(self) -> Iterator[Row]:
+        """One row per key, streamed; what came after a failed row of the same key, in its place.
+
+        Raises Refused with the line number for a corrupt line or a key with two different rows.
+        """
+        repeated = self._repeated_hashes()
+        waiting: dict[Key, tuple[int, Row]] = {}
+        for number, row in self._lines():
+            if not repeated or key_hash(row.key) not in repeated:
+                yield row
+                continue
+            before, old = waiting.get(row.key, (number, row))
+            if old.error is None and old != row:
+                raise Refused(
+                    f"{self.path}: lines {before} and {number} are two different rows of "
+                    f"arm {row.arm}, prompt {row.prompt_id}, alpha {row.alpha:g}, "
+                    f"sample {row.sample}"
+                )
+            waiting[row.key] = number, row
+        yield from (row for _, row in waiting.values())
+
+    def finished(self, cells: Iterable[Cell]) -> tuple[KeySet, dict[Cell, int]]:
+        """The keys of the good rows, and how many of these are activated, per arm and alpha."""
+        hashes = array("Q")
+        hits = dict.fromkeys(cells, 0)
+        for row in self:
+            if row.error is None:
+                hashes.append(key_hash(row.key))
+                hits[row.arm, row.alpha] = hits.get((row.arm, row.alpha), 0) + bool(row.activated)
+        return KeySet(hashes), hits
+
+    def _lines(self) -> Iterator[tuple[int, Row]]:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = Row.model_validate_json(line)
+                except ValidationError as error:
+                    first = error.errors(include_input=False, include_url=False)[0]
+                    where = ".".join(map(str, first["loc"])) or "line"
+                    raise Refused(
+                        f"{self.path}: line {number} is not a row ({where}: {first['msg']}); "
+                        "delete the line to have its row made again"
+                    ) from None
+                yield number, row
+
+    def _repeated_hashes(self) -> set[int]:
+        hashes = array("Q", (key_hash(row.key) for _, row in self._lines()))
+        values, counts = np.unique(np.array(hashes, dtype=np.uint64), return_counts=True)
+        return set(values[counts > 1].tolist())
+
+
+class RowWriter:
+    """Appends whole lines, unbuffered: what was appended survives the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Raises OSError (disk full, say); a half line left then is cut by the next run."""
+        data = memoryview(b"".join(row.to_line() for row in rows))
+        while data:
+            data = data[self._file.write(data) or 0 :]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._file:
+            os.fsync(self._file.fileno())

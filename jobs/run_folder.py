@@ -1,0 +1,159 @@
+"""A run's folder: one writer, what it was made with, and files that are whole or absent."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from deployments.schemas import PairInfo
+from jobs.errors import Refused
+
+MANIFEST = "manifest.json"
+ROWS = "rows.jsonl"
+SUMMARY = "summary.json"
+LOCK = ".lock"
+SHOWN_DIFFERENCES = 10
+
+# What decides the rows. The rest of PairInfo (paths, versions, notices) may differ on resume.
+PAIR_IDENTITY = (
+    "after_sha256",
+    "before_sha256",
+    "adapter_sha256",
+    "tokenizer_sha256",
+    "architecture",
+    "dtype",
+    "device",
+    "vocab_size",
+)
+
+
+class RunFolder:
+    """Entered by one driver at a time; the kernel lets go of the lock if that driver dies."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = path / ROWS
+
+    def __enter__(self) -> Self:
+        """Raises Refused if another driver is in it, OSError if it cannot be made."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / LOCK).open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise Refused(f"{self.path}: another run is writing to this folder") from None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.close()
+
+    def read(self, name: str) -> Any:
+        """The parsed file, or None if there is none. Raises Refused if it is not JSON."""
+        try:
+            return json.loads((self.path / name).read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            raise Refused(f"{self.path / name} is not JSON") from None
+
+    def write(self, name: str, content: object) -> None:
+        """Whole or not at all: written beside, synced, then moved into place."""
+        beside = self.path / f".{name}.part"
+        with beside.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self.path / name)
+
+    def discard(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def check_experiment(self, experiment: Mapping[str, Any]) -> bool:
+        """True if this folder already holds rows of this very experiment, False if it has none.
+
+        Raises Refused with the difference if it holds another.
+        """
+        if not self.rows.exists() or not self.rows.stat().st_size:
+            return False
+        manifest = self.read(MANIFEST)
+        if manifest is None:
+            raise Refused(f"{self.path} has {ROWS} but no {MANIFEST}: give another --out")
+        self._refuse_difference({k: manifest.get(k) for k in experiment}, experiment)
+        return True
+
+    def check_pair(self, pair: PairInfo) -> None:
+        """Raises Refused if the rows in this folder came from other weights, dtype or device."""
+        was, now = self.read(MANIFEST)["pair"], pair.model_dump()
+        self._refuse_difference(
+            {k: was.get(k) for k in PAIR_IDENTITY}, {k: now[k] for k in PAIR_IDENTITY}
+        )
+
+    def _refuse_difference(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        # Through JSON, as `was` came: tuples are lists there.
+        old, new = dict(_flat(was)), dict(_flat(json.loads(json.dumps(now))))
+        names = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n)]
+        if names:
+            shown = [f"  {n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in names]
+            shown = shown[:SHOWN_DIFFERENCES] + ["  ..."] * (len(names) > SHOWN_DIFFERENCES)
+            raise Refused(
+                f"{self.path} holds another run; give another --out, or run it as it was:\n"
+                + "\n".join(shown)
+            )
+
+
+def manifest(experiment: Mapping[str, Any], pair: PairInfo) -> dict[str, Any]:
+    return {
+        **experiment,
+        "pair": pair.model_dump(),
+        "versions": _versions(),
+        "commit": _commit(),
+    }
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("lda-serve", "ray", "scipy", "regex"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this file lies in; `-dirty` if files differ; None outside of one."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / ".git").exists():  # a copy within some other repository, perhaps
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

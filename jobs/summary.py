@@ -1,0 +1,84 @@
+"""summary.json from rows: flat names to numbers, for any tracker. Streams; needs no service.
+
+Per arm and alpha, under `untriggered/alpha=2/`: `n` good rows, `prompts` they came from, `failed`
+and `missing` rows (in no denominator), `activated` with `rate`, `ci_low`, `ci_high` (before EOS),
+`activated_after_eos`, and for each scorer `NAME/activated`, `NAME/rate`, `NAME/ci_low`,
+`NAME/ci_high`. Where n is 0 there is no rate.
+"""
+
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+
+import numpy as np
+
+from jobs.errors import Refused
+from jobs.estimators import rate_by_prompt
+from jobs.rows import Cell, Row
+
+Summary = dict[str, int | float]
+
+
+def alpha_text(alpha: float) -> str:
+    return str(int(alpha)) if alpha.is_integer() else repr(alpha)
+
+
+def cell_name(cell: Cell) -> str:
+    return f"{cell[0]}/alpha={alpha_text(cell[1])}"
+
+
+class _Columns:
+    """What the rows of one cell say, in 9 bytes a row and 1 more per scorer."""
+
+    def __init__(self, scorers: Sequence[str]) -> None:
+        self.prompts = array("Q")  # (n,) 64-bit hashes of prompt ids
+        self.hits = {name: array("b") for name in ("activated", *scorers)}  # (n,) each
+        self.after_eos = self.failed = 0
+
+    def add(self, row: Row) -> None:
+        if row.error is not None:
+            self.failed += 1
+            return
+        digest = blake2b(row.prompt_id.encode(), digest_size=8).digest()
+        self.prompts.append(int.from_bytes(digest, "big"))
+        self.after_eos += bool(row.activated_after_eos)
+        for name, column in self.hits.items():
+            column.append(bool(row.activated) if name == "activated" else row.scores[name].fired)
+
+
+def summarise(rows: Iterable[Row], scorers: Sequence[str], expected: Mapping[Cell, int]) -> Summary:
+    """`expected` rows per cell, in the order of the table.
+
+    Raises Refused for a row of another cell.
+    """
+    cells = {cell: _Columns(scorers) for cell in expected}
+    for row in rows:
+        if (row.arm, row.alpha) not in cells:
+            raise Refused(f"a row of arm {row.arm}, alpha {row.alpha:g} is not of this run")
+        cells[row.arm, row.alpha].add(row)
+    summary: Summary = {"rows": 0, "failed": 0, "missing": 0}
+    for cell, columns in cells.items():
+        ids, prompt_of_row = np.unique(np.array(columns.prompts), return_inverse=True)
+        rows_of_prompt = np.bincount(prompt_of_row, minlength=len(ids))  # (k,)
+        n, at = len(columns.prompts), cell_name(cell)
+        missing = expected[cell] - n - columns.failed
+        summary |= {
+            f"{at}/n": n,
+            f"{at}/prompts": len(ids),
+            f"{at}/failed": columns.failed,
+            f"{at}/missing": missing,
+        }
+        for name, column in columns.hits.items():
+            hits = np.bincount(prompt_of_row, weights=column, minlength=len(ids))  # (k,)
+            prefix = at if name == "activated" else f"{at}/{name}"
+            summary[f"{prefix}/activated"] = int(hits.sum())
+            if n:
+                rate = rate_by_prompt(hits, rows_of_prompt)
+                summary[f"{prefix}/rate"] = rate.rate
+                summary[f"{prefix}/ci_low"] = rate.low
+                summary[f"{prefix}/ci_high"] = rate.high
+        summary[f"{at}/activated_after_eos"] = columns.after_eos
+        summary["rows"] += n
+        summary["failed"] += columns.failed
+        summary["missing"] += missing
+    return summary

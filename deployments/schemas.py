@@ -25,6 +25,7 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 MAX_SEED = 2**63 - 1
 MAX_STOPS = 16
+UNION_TAG = "~"  # begins the tags of unions, which are left out of a field's path
 MAX_STOP_CHARS = 256
 
 
@@ -44,13 +45,8 @@ class InvalidRequest(ValueError):
         return f"{self.param}: {self.message}" if self.param else self.message
 
 
-class RequestFailed(RuntimeError):
-    """A well-formed request that the model could not finish (non-finite logits, say)."""
-
-    def __init__(self, message: str, code: str) -> None:
-        super().__init__(message, code)
-        self.message = message
-        self.code = code
+class ReplicaUnavailable(RuntimeError):
+    """The replica cannot answer now; another one, or the same later, can."""
 
 
 def _finite(value: object) -> object:
@@ -185,7 +181,9 @@ class PairInfo(Wire):
     architecture: str
     dtype: str
     device: str
-    vocab_size: int
+    vocab_size: int = Field(description="tokens that both models have; mixed, drawn, accepted")
+    tokenizer_size_after: int
+    tokenizer_size_before: int
     context_length: int
     notices: list[str]
     versions: dict[str, str]
@@ -204,12 +202,12 @@ class Limits(BaseModel):
     max_batch_prompts: Annotated[int, Field(ge=1)] = 1024
     max_prompt_chars: Annotated[int, Field(ge=1)] = 400_000
 
-    def check(self, request: GenerateRequest, *, where: str = "") -> None:
+    def check(self, request: GenerateRequest) -> None:
         """Raises InvalidRequest naming the field and the allowed range."""
 
         def within(field: str, value: float, low: float, high: float) -> None:
             if not low <= value <= high:
-                raise InvalidRequest(where + field, f"must be between {low:g} and {high:g}")
+                raise InvalidRequest(field, f"must be between {low:g} and {high:g}")
 
         within("alpha", request.alpha, self.alpha_min, self.alpha_max)
         within("max_new_tokens", request.max_new_tokens, 1, self.max_new_tokens)
@@ -218,7 +216,7 @@ class Limits(BaseModel):
         chars += sum(len(m.content) for m in request.messages or [])
         if chars > self.max_prompt_chars:
             raise InvalidRequest(
-                where + ("prompt" if request.messages is None else "messages"),
+                "prompt" if request.messages is None else "messages",
                 f"has {chars} characters, at most {self.max_prompt_chars} are allowed",
             )
 
@@ -234,7 +232,9 @@ def parse(model: type[ModelT], data: object) -> ModelT:
 def explain(errors: Any, model: type[BaseModel] | None = None) -> InvalidRequest:
     """The first of pydantic's errors as an InvalidRequest, with a suggestion for a typo."""
     first: Mapping[str, Any] = errors[0]
-    loc = [part for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return InvalidRequest("", "the body is not valid JSON", "invalid_json")
+    loc = [part for part in first["loc"] if part != "body" and str(part)[:1] != UNION_TAG]
     param = ""
     for part in loc:
         param += f"[{part}]" if isinstance(part, int) else (f".{part}" if param else str(part))
@@ -243,4 +243,9 @@ def explain(errors: Any, model: type[BaseModel] | None = None) -> InvalidRequest
         close = difflib.get_close_matches(str(loc[-1]), known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return InvalidRequest(param[:80], f"unknown field{hint}", "unknown_field")
-    return InvalidRequest(param, str(first["msg"]).removeprefix("Value error, "))
+    message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "must")
+    if first["type"] == "too_short":
+        message = f"must have a length of at least {first['ctx']['min_length']}"
+    elif first["type"] == "too_long":
+        message = f"must have a length of at most {first['ctx']['max_length']}"
+    return InvalidRequest(param, message)

@@ -34,7 +34,10 @@ _GPU_KV_SHARE = 0.85
 
 @dataclass(eq=False)
 class Row:
-    """One request on its way through the engine."""
+    """One request on its way through the engine, from `Engine.accept`.
+
+    Setting `left` (any thread may) takes it out at the next step, without a completion.
+    """
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
@@ -112,8 +115,11 @@ class Engine:
 
     # -- what callers do ---------------------------------------------------------------
 
-    def check(self, request: Request) -> None:
-        """Raises RequestError if the request can never be served, before it harms a batch."""
+    def accept(self, request: Request) -> Row:
+        """The request as a row to `enqueue`. Raises RequestError if it can never be served.
+
+        Any thread may call this. A row is a checked request: past here nothing is checked again.
+        """
         prompt, vocab = request.prompt_ids, self.pair.vocab_size
         if not all(0 <= token < vocab for token in prompt):
             raise RequestError("prompt", f"token ids must be between 0 and {vocab - 1}")
@@ -129,24 +135,17 @@ class Engine:
                 f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones need "
                 f"{request.columns} tokens of key/value memory, {self.kv_tokens} are there",
             )
+        return Row(request)
 
     def enqueue(self, row: Row) -> None:
-        """Queues a row whose request has been checked."""
         self._waiting.append(row)
-
-    def cancel(self, row: Row) -> None:
-        """The row leaves at the next step and gets no completion."""
-        row.left = True
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Completions in the order of the requests. Raises RequestError before any work.
 
         A row whose logits are not finite comes back with finish_reason "error".
         """
-        requests = list(requests)
-        for request in requests:
-            self.check(request)
-        rows = [Row(request) for request in requests]
+        rows = [self.accept(request) for request in requests]
         for row in rows:
             self.enqueue(row)
         while not self.idle:
@@ -169,13 +168,13 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Row]:
-        """One token for every live row; returns the rows that finished."""
+        """One token for every live row; returns the rows that are out: finished, or left."""
         # 1. Rows whose caller has gone leave.
-        self._remove([i for i, row in enumerate(self._rows) if row.left])
+        out = self._leave()
         # 2. Waiting rows join, as far as slots and memory go.
         self._join()
         if not self._rows:
-            return []
+            return out
         state = self._state or BatchState.of(self._rows, self.pair.device)
         # 3. Both models read the last token of every row.
         width = max(row.length for row in self._rows) + 1
@@ -186,16 +185,22 @@ class Engine:
         self._state = state.advance(tokens)
         # 5. Rows take their token; those that are done leave.
         done = [i for i, row in enumerate(self._rows) if self._take(row, draw, i)]
-        finished = [self._rows[i] for i in done]
+        out += [self._rows[i] for i in done]
         for i in (i for i in done if draw.failed[i]):
             for runner in (self._after, self._before):
                 runner.slots.clear(i)
         self._remove(done)
-        return finished
+        return out
+
+    def _leave(self) -> list[Row]:
+        gone = [i for i, row in enumerate(self._rows) if row.left]
+        out = [self._rows[i] for i in gone] + [row for row in self._waiting if row.left]
+        self._remove(gone)
+        self._waiting = deque(row for row in self._waiting if not row.left)
+        return out
 
     def _join(self) -> None:
         """First come, first served: a row that does not fit yet holds back those behind it."""
-        self._waiting = deque(row for row in self._waiting if not row.left)
         free = self.config.max_slots - len(self._rows)
         # A prefill interrupts everyone, so it waits until it is worth it.
         worth_it = (

@@ -2,14 +2,13 @@
 
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
 
 from lda_core.engine import Engine, Row
 from lda_core.errors import EngineStopped
-from lda_core.request import Completion, Request
+from lda_core.request import Completion
 
 
 class EngineThread:
@@ -23,34 +22,28 @@ class EngineThread:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._wake = threading.Condition()
-        self._inbox: deque[tuple[Row, Future[Completion]]] = deque()  # guarded by _wake
+        self._inbox: dict[Row, Future[Completion]] = {}  # guarded by _wake
         self._closing = False
         self._failure: BaseException | None = None
-        self._cancelled: deque[Row] = deque()  # filled by whatever thread cancels
         self._futures: dict[Row, Future[Completion]] = {}  # the engine thread's own
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="lda-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
-        """One future per request; all join together. Raises RequestError for a bad one (and
-        then takes none), EngineStopped after `stop` or a failure."""
-        for request in requests:
-            self.engine.check(request)
-        rows = [Row(request) for request in requests]
+    def submit(self, rows: Sequence[Row]) -> list[Future[Completion]]:
+        """One future per row of `engine.accept`; all join together.
+
+        Raises EngineStopped after `stop` or a failure.
+        """
         futures: list[Future[Completion]] = [Future() for _ in rows]
         for row, future in zip(rows, futures, strict=True):
-            future.add_done_callback(partial(self._note_if_cancelled, row))
+            future.add_done_callback(partial(_leave_if_cancelled, row))
         with self._wake:
-            if self._closing or self._failure is not None or not self._thread.is_alive():
+            if self._closing or not self._thread.is_alive() or self._failure is not None:
                 raise EngineStopped("the engine has stopped")
-            self._inbox.extend(zip(rows, futures, strict=True))
+            self._inbox.update(zip(rows, futures, strict=True))
             self._wake.notify()
         return futures
-
-    def _note_if_cancelled(self, row: Row, future: Future[Completion]) -> None:
-        if future.cancelled():
-            self._cancelled.append(row)
 
     def check(self, stuck_after_s: float) -> None:
         """Raises EngineStopped if the thread has died or shown no step for that long."""
@@ -73,7 +66,7 @@ class EngineThread:
         try:
             while self._receive():
                 for row in self.engine.step():
-                    self._resolve(row)
+                    _resolve(self._futures.pop(row), row)
         except BaseException as error:  # whatever it is, nobody may be left waiting
             with self._wake:
                 self._failure = error
@@ -83,30 +76,29 @@ class EngineThread:
                     future.set_exception(EngineStopped(f"the engine failed: {error!r}"))
 
     def _receive(self) -> bool:
-        """Takes in new and cancelled rows, waits while there is nothing to do; False to end."""
+        """Takes in new rows, waits while there is nothing to do; False when it is time to end."""
         with self._wake:
-            while True:
+            while not (self._inbox or self._futures or self._closing):
                 self._beat = time.monotonic()
-                if self._inbox or self._futures or self._closing:
-                    break
                 self._wake.wait(timeout=1.0)
-            arrived = list(self._inbox)
+            self._beat = time.monotonic()
+            for row in self._inbox:
+                self.engine.enqueue(row)
+            self._futures.update(self._inbox)
             self._inbox.clear()
-            ending = self._closing and not (arrived or self._futures)
-        for row, future in arrived:
-            self._futures[row] = future
-            self.engine.enqueue(row)
-        while self._cancelled:
-            row = self._cancelled.popleft()
-            self.engine.cancel(row)
-            self._futures.pop(row, None)
-        return not ending
+            return bool(self._futures)
 
-    def _resolve(self, row: Row) -> None:
-        future = self._futures.pop(row, None)
-        assert row.completion is not None
-        try:
-            if future is not None:
-                future.set_result(row.completion)
-        except InvalidStateError:
-            pass  # cancelled between this step and now: nobody is waiting
+
+def _leave_if_cancelled(row: Row, future: Future[Completion]) -> None:
+    if future.cancelled():
+        row.left = True
+
+
+def _resolve(future: Future[Completion], row: Row) -> None:
+    if row.completion is None:  # it left
+        future.cancel()
+        return
+    try:
+        future.set_result(row.completion)
+    except InvalidStateError:
+        pass  # cancelled between its last step and now: nobody is waiting

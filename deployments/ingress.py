@@ -1,0 +1,210 @@
+"""The cheap door before the models: HTTP and handle calls in, requests to replicas out.
+
+It holds no model and no tensor. A request whose replica dies is sent again: it has its seed,
+so the text is the same.
+"""
+
+import asyncio
+import importlib.metadata
+import secrets
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+from fastapi_offline import FastAPIOffline
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from deployments.http_errors import error_body, install_error_handlers
+from deployments.plain_api import (
+    LDABatchRequest,
+    LDABatchResponse,
+    LDARequest,
+    LDAResponse,
+    LDAResult,
+    ModelAnswer,
+    RowError,
+    Sample,
+    SideBySideRequest,
+    SideBySideResponse,
+    TokenizerCompatibility,
+)
+from deployments.schemas import (
+    Completion,
+    GenerateRequest,
+    InvalidRequest,
+    Limits,
+    PairInfo,
+    ReplicaUnavailable,
+    parse,
+)
+
+# A dead replica is replaced in seconds; waits of 0.2, 0.4 ... s between the tries.
+_TRIES = 3
+_FIRST_WAIT_S = 0.2
+# A batch of many prompts is worked through in pieces, so that others are served meanwhile.
+_BATCH_IN_FLIGHT = 64
+_READY_TIMEOUT_S = 5.0
+
+# The pages under /docs come from this server, not from a CDN.
+app = FastAPIOffline(title="LDA Serve", version=importlib.metadata.version("lda-serve"))
+install_error_handlers(app)
+
+
+def require_good(done: list[Completion]) -> list[Completion]:
+    """Raises InvalidRequest if a row failed: the same request would fail again."""
+    for completion in done:
+        if completion.error is not None:
+            raise InvalidRequest("", completion.error, "row_failed")
+    return done
+
+
+# Serve copies the app here, with the functions and globals that exist by now: whatever the
+# routes call must stand above.
+@serve.ingress(app)
+class Ingress:
+    def __init__(self, replica: DeploymentHandle, limits: Limits) -> None:
+        self._replica = replica
+        self._limits = limits
+        self._info: PairInfo | None = None
+
+    # -- by handle ---------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest | Mapping[str, Any]) -> list[Completion]:
+        """The `n` completions of a request (or of a dict with its fields).
+
+        Raises InvalidRequest, ReplicaUnavailable after several tries, BackPressureError.
+        """
+        if not isinstance(request, GenerateRequest):
+            request = parse(GenerateRequest, request)
+        self._limits.check(request)
+        if request.seed is None:
+            request = request.model_copy(update={"seed": secrets.randbelow(2**53)})
+        for attempt in range(_TRIES):
+            try:
+                done: list[Completion] = await self._ask(self._replica.generate.remote(request))
+                return done
+            except ReplicaUnavailable:
+                if attempt == _TRIES - 1:
+                    raise
+                await asyncio.sleep(_FIRST_WAIT_S * 2**attempt)
+        raise AssertionError("unreachable")
+
+    async def describe(self) -> PairInfo:
+        """What the resident pair is; asks a replica, so it fails if none can answer."""
+        self._info = await self._ask(self._replica.describe.remote())
+        assert self._info is not None
+        return self._info
+
+    async def _ask(self, response: Awaitable[Any]) -> Any:
+        """A replica's answer; its own exceptions come out as themselves, a dead replica as
+        ReplicaUnavailable."""
+        try:
+            return await response
+        except RayTaskError as error:
+            if isinstance(error.cause, (InvalidRequest, ReplicaUnavailable)):
+                raise error.cause from None
+            raise
+        except (RayActorError, DeploymentUnavailableError) as error:
+            raise ReplicaUnavailable(type(error).__name__) from error
+
+    async def _models(self) -> dict[str, str]:
+        info = self._info or await self.describe()
+        return {"model_after": info.after, "model_before": info.before}
+
+    # -- over HTTP: the plain LDA server's endpoints -------------------------------------
+
+    @app.post("/generate_lda")
+    async def generate_lda(self, body: LDARequest) -> LDAResponse:
+        """Samples of one prompt from `after + alpha * (after - before)`."""
+        done = require_good(await self.generate(body.request()))
+        models = await self._models()
+        return LDAResponse(
+            **LDAResult.result_fields(body.prompt, done, body.max_new_tokens),
+            model_after=models["model_after"],
+            model_before=models["model_before"],
+        )
+
+    @app.post("/generate_lda_batch")
+    async def generate_lda_batch(self, body: LDABatchRequest) -> LDABatchResponse:
+        """The same for many prompts. Prompt i is drawn with `seed + i * n`, so its text is that
+        of a single request with the seed in its result. A prompt that cannot be served (too
+        long) carries its error; the others are answered."""
+        if len(body.prompts) > self._limits.max_batch_prompts:
+            raise InvalidRequest(
+                "prompts",
+                f"has {len(body.prompts)} prompts, at most {self._limits.max_batch_prompts}",
+            )
+        base = secrets.randbelow(2**52) if body.seed is None else body.seed
+        requests = [
+            request.model_copy(update={"seed": base + i * body.n})
+            for i, request in enumerate(body.requests())
+        ]
+        for i, request in enumerate(requests):
+            try:
+                self._limits.check(request)
+            except InvalidRequest as error:
+                raise InvalidRequest(body.param(error.param, i), error.message) from None
+        gate = asyncio.Semaphore(_BATCH_IN_FLIGHT)
+
+        async def one(prompt: str, request: GenerateRequest) -> LDAResult | RowError:
+            async with gate:
+                try:
+                    done = require_good(await self.generate(request))
+                except InvalidRequest as error:
+                    return RowError(prompt=prompt, error=error_body(error))
+            return LDAResult(**LDAResult.result_fields(prompt, done, body.max_new_tokens))
+
+        results = await asyncio.gather(*map(one, body.prompts, requests))
+        return LDABatchResponse(
+            results=results, alpha=body.alpha, batch_size=len(results), **await self._models()
+        )
+
+    @app.post("/generate")
+    async def generate_side_by_side(self, body: SideBySideRequest) -> SideBySideResponse:
+        """*after* (model_1) and *before* (model_2) on one prompt with one seed."""
+        request = body.request(alpha=0.0)
+        if request.seed is None:
+            request = request.model_copy(update={"seed": secrets.randbelow(2**53)})
+        after, before = await asyncio.gather(
+            self.generate(request), self.generate(request.model_copy(update={"alpha": -1.0}))
+        )
+        models = await self._models()
+        answers = [
+            ModelAnswer(
+                model_id=models[role],
+                **Sample.fields_of(require_good(done)[0], body.max_new_tokens),
+            )
+            for role, done in (("model_after", after), ("model_before", before))
+        ]
+        return SideBySideResponse(prompt=body.prompt, model_1=answers[0], model_2=answers[1])
+
+    @app.get("/tokenizer_compatibility")
+    async def tokenizer_compatibility(self) -> TokenizerCompatibility:
+        """A service that is up has compatible tokenizers: others are refused at start."""
+        info = await self.describe()
+        return TokenizerCompatibility(
+            compatible=True,
+            vocab_size_1=info.tokenizer_size_after,
+            vocab_size_2=info.tokenizer_size_before,
+            vocabs_match=info.tokenizer_size_after == info.tokenizer_size_before,
+            warning="; ".join(info.notices) or None,
+        )
+
+    # -- over HTTP: about the service ----------------------------------------------------
+
+    @app.get("/health")
+    async def health(self) -> dict[str, str]:
+        """The door is open. Says nothing of the models: see /ready."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready(self) -> PairInfo:
+        """200 with the pair once a replica answers, else 503."""
+        async with asyncio.timeout(_READY_TIMEOUT_S):
+            return await self.describe()
+
+    @app.get("/version")
+    async def version(self) -> dict[str, str]:
+        return {"version": app.version}

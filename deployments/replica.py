@@ -1,0 +1,171 @@
+"""One replica: the pair, the engine's thread, and the batched door in front of it."""
+
+import asyncio
+import importlib.metadata
+import subprocess
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+
+import lda_core
+from deployments.schemas import (
+    Completion,
+    GenerateRequest,
+    InvalidRequest,
+    PairInfo,
+    ReplicaUnavailable,
+    TokenLogprobs,
+)
+from lda_core.checkpoint import sha256
+from lda_core.engine import Row
+
+
+class UserConfig(BaseModel):
+    """`user_config` of the deployment: changed live, without a restart."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_batch_size: int = Field(64, ge=1)
+    batch_wait_timeout_s: float = Field(0.005, ge=0.0, le=10.0)
+
+
+class LDAReplica:
+    def __init__(
+        self,
+        pair: lda_core.PairConfig,
+        engine: lda_core.EngineConfig,
+        stuck_after_s: float = 120.0,
+    ) -> None:
+        self._pair = lda_core.ModelPair.load(pair)
+        lda_core.self_test(self._pair)
+        self._config = pair
+        self._stuck_after_s = stuck_after_s
+        self._engine = lda_core.EngineThread(lda_core.Engine(self._pair, engine))
+        self._info = describe(self._pair, pair)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        config = UserConfig(**user_config)
+        self._admit.set_max_batch_size(config.max_batch_size)
+        self._admit.set_batch_wait_timeout_s(config.batch_wait_timeout_s)
+
+    async def generate(self, request: GenerateRequest) -> list[Completion]:
+        """The `n` completions of one request, in the order of their seeds.
+
+        Raises InvalidRequest for what only the tokenizer or the memory can tell,
+        ReplicaUnavailable if the engine has stopped.
+        """
+        prompt, rows = self._rows(request)
+        try:
+            futures = await self._admit(rows)
+            done = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
+        except lda_core.EngineStopped as error:
+            raise ReplicaUnavailable(str(error)) from None
+        finally:
+            # Whoever asked may have gone: their rows leave at the next step. Finished rows
+            # do not care.
+            for row in rows:
+                row.left = True
+        return [to_wire(completion, prompt.text) for completion in done]
+
+    @serve.batch
+    async def _admit(self, items: list[list[Row]]) -> list[list["Future[lda_core.Completion]"]]:
+        """Hands what arrived together to the engine in one go; nobody waits for a neighbour."""
+        futures = iter(self._engine.submit([row for rows in items for row in rows]))
+        return [[next(futures) for _ in rows] for rows in items]
+
+    def _rows(self, request: GenerateRequest) -> tuple[lda_core.Prompt, list[Row]]:
+        assert request.seed is not None  # the ingress has chosen one
+        messages = [message.model_dump() for message in request.messages or []]
+        try:
+            prompt = lda_core.encode(
+                self._pair.tokenizer,
+                messages if request.prompt is None else request.prompt,
+                request.effective_format,
+                request.system_prompt,
+                request.allow_special_tokens,
+            )
+            row = lda_core.Request(
+                prompt.ids,
+                alpha=request.alpha,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                top_k=request.top_k,
+                max_new_tokens=request.max_new_tokens,
+                seed=request.seed,
+                stop=tuple(request.stop),
+                ignore_eos=request.ignore_eos,
+                logprobs=request.logprobs,
+            )
+            return prompt, [self._engine.engine.accept(r) for r in row.samples(request.n)]
+        except lda_core.RequestError as error:
+            raise InvalidRequest(error.field, error.message, error.code) from None
+
+    async def describe(self) -> PairInfo:
+        """What the pair is. Raises ReplicaUnavailable if the engine is not well."""
+        try:
+            self._engine.check(self._stuck_after_s)
+        except lda_core.EngineStopped as error:
+            raise ReplicaUnavailable(str(error)) from None
+        return self._info
+
+    def check_health(self) -> None:
+        """Ray replaces the replica when this raises: a dead engine thread, or a stuck one."""
+        self._engine.check(self._stuck_after_s)
+
+    def __del__(self) -> None:
+        if engine := getattr(self, "_engine", None):
+            engine.stop()
+
+
+def to_wire(completion: lda_core.Completion, formatted_prompt: str) -> Completion:
+    fields = asdict(completion)
+    if completion.logprobs is not None:
+        fields["logprobs"] = TokenLogprobs(**fields["logprobs"])
+    return Completion(**fields, formatted_prompt=formatted_prompt)
+
+
+def describe(pair: lda_core.ModelPair, config: lda_core.PairConfig) -> PairInfo:
+    """Names, hashes and versions: what a manifest needs to say which pair it was."""
+
+    def hashes(role: str) -> dict[str, str]:
+        return {path.name: sha256(path) for path in pair.files.get(role, [])}
+
+    (tokenizer_folder,) = pair.files["tokenizer"]
+    tokenizer_file = next(
+        path
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json")
+        if (path := tokenizer_folder / name).exists()
+    )
+    packages = ("lda-serve", "torch", "transformers", "ray")
+    return PairInfo(
+        after=config.after or f"{config.before} + {config.adapter}",
+        before=config.before,
+        adapter=config.adapter,
+        after_sha256=hashes("after"),
+        before_sha256=hashes("before"),
+        adapter_sha256=hashes("adapter"),
+        tokenizer_sha256=sha256(tokenizer_file),
+        architecture=pair.after.config.model_type,
+        dtype=str(pair.after.dtype).removeprefix("torch."),
+        device=str(pair.device),
+        vocab_size=pair.vocab_size,
+        tokenizer_size_after=pair.comparison.size_after,
+        tokenizer_size_before=pair.comparison.size_before,
+        context_length=pair.context_length,
+        notices=list(pair.notices),
+        versions={name: importlib.metadata.version(name) for name in packages},
+        commit=_commit(),
+    )
+
+
+def _commit() -> str | None:
+    """The project's commit, where it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        return None

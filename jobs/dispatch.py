@@ -23,7 +23,15 @@ from typing import Any, Protocol
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -40,20 +48,22 @@ TASK_CPUS = 0.1  # small: a 1-CPU task could take a dead replica's CPU, and both
 MAX_DEATHS = 5  # replicas one request may see die; backpressure is bounded by the deadline alone
 MAX_TASK_CRASHES = 3
 GIVE_UP_AFTER = 100  # requests in a row without an answer
+LOST_TASK = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError)
 CONNECT_TIMEOUT_S = 60.0
 MAX_ERROR_CHARS = 500
 
-# What a request gets from the command line: refused once, it is refused for every prompt.
-CONFIG_FIELDS = {
-    "alpha",
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "max_new_tokens",
-    "ignore_eos",
-    "prompt_format",
-    "system_prompt",
+# Fields of a request that come from the command line, and the option each comes from: refused
+# once, they are refused for every prompt.
+OPTION_OF = {
+    "alpha": "--alphas",
+    "n": "--samples",
+    "temperature": "--temperature",
+    "top_p": "--top-p",
+    "top_k": "--top-k",
+    "max_new_tokens": "--max-new-tokens",
+    "ignore_eos": "--ignore-eos",
+    "prompt_format": "--prompt-format",
+    "system_prompt": "--system-prompt",
 }
 
 
@@ -215,13 +225,15 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _stop_if_config(error: InvalidRequest) -> None:
-    if error.param in CONFIG_FIELDS and error.code != "context_length_exceeded":
-        raise Refused(f"the service refuses --{error.param.replace('_', '-')}: {error.message}")
+    if error.param in OPTION_OF and error.code != "context_length_exceeded":
+        raise Refused(f"the service refuses {OPTION_OF[error.param]}: {error.message}")
 
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:MAX_ERROR_CHARS]
+    if len(text) > MAX_ERROR_CHARS:  # a traceback, whose last words say what it was
+        text = text[:50] + " ... " + text[-MAX_ERROR_CHARS:]
+    return f"{type(error).__name__}: {text}"
 
 
 def _rows(item: Item, completions: list[Completion], scorers: Sequence[Scorer]) -> list[Row]:
@@ -405,16 +417,20 @@ class RayService:
                         batch += _next(task)
                     except StopIteration:
                         running.remove(task)
-                    except (RayError, JobError) as error:
+                    except RayTaskError as error:
                         cause = _cause(error)
-                        if isinstance(error, RayTaskError):
-                            raise cause from None  # our own code raised; it would again
+                        if isinstance(cause, JobError):
+                            raise cause from None
+                        raise Stopped(f"in a remote task: {_one_line(cause)}") from error
+                    except RayError as error:
+                        if not isinstance(error, LOST_TASK):
+                            raise Stopped(f"no remote task: {_one_line(error)}") from error
                         running.remove(task)
                         left = list(task.left)
                         if task.crashes + 1 < MAX_TASK_CRASHES:
                             crashed.append((left, task.crashes + 1))
                         else:
-                            batch += [_unanswered(i, _one_line(cause)) for i in left]
+                            batch += [_unanswered(i, _one_line(error)) for i in left]
                 yield batch
         finally:
             for task in running:

@@ -24,7 +24,7 @@ from lda_core.errors import (
 from lda_core.pair import ModelPair
 from lda_core.prompts import Prompt, encode
 from lda_core.request import Completion, Request, TokenLogprobs
-from lda_core.sample import Sampling, sample
+from lda_core.sampling import Sampling, sample
 from lda_core.self_test import self_test
 from lda_core.threaded import EngineThread
 

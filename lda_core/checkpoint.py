@@ -35,6 +35,7 @@ def fetch(source: str, revision: str | None, *, allow_pickle: bool) -> Path:
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
+        check_config(folder)
         return folder
     if source[:1] in "./~" or not _HUB_ID.fullmatch(source) or Path(source).parts[0:1] == ():
         raise CheckpointError(f"{source}: no such folder")
@@ -62,8 +63,6 @@ def check_config(folder: Path) -> None:
             raise CheckpointError(f"{folder}: {name} asks to run code of the repository (auto_map)")
     if (folder / "config.json").exists():
         require_exact(AutoConfig.from_pretrained(folder, local_files_only=True))
-    elif not (folder / "adapter_config.json").exists():
-        raise CheckpointError(f"{folder}: has no config.json")
 
 
 def weight_files(folder: Path, *, allow_pickle: bool) -> list[Path]:
@@ -86,7 +85,8 @@ def load_model(
     folder: Path, *, dtype: str, device: torch.device, allow_pickle: bool
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model in eval mode on `device`, and notices. Raises CheckpointError."""
-    check_config(folder)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: has no config.json")
     files = weight_files(folder, allow_pickle=allow_pickle)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -117,7 +117,9 @@ def load_model(
     return model.eval(), notices
 
 
-def load_tokenizer(folder: Path, tokenizer_class: str | None = None) -> Any:
+def load_tokenizer(
+    folder: Path, tokenizer_class: str | None = None, add_bos_token: bool | None = None
+) -> Any:
     """The tokenizer of a folder. Raises CheckpointError.
 
     A checkpoint may name a class that does not exist (the "LLaMATokenizer" of early 2023).
@@ -128,13 +130,17 @@ def load_tokenizer(folder: Path, tokenizer_class: str | None = None) -> Any:
     cls: Any = AutoTokenizer
     if named is not None and not hasattr(transformers, named):
         known = [n for n in dir(transformers) if "Tokenizer" in n]
-        close = difflib.get_close_matches(named, known, n=1)
-        hint = f"; set tokenizer_class, perhaps to {close[0]}" if close else ""
+        by_lower = {name.lower(): name for name in known}
+        close = difflib.get_close_matches(named.lower(), by_lower, n=1)
+        hint = f"; set tokenizer_class, perhaps to {by_lower[close[0]]}" if close else ""
         raise CheckpointError(f"{folder}: there is no tokenizer class {named}{hint}")
     if tokenizer_class is not None:
         cls = getattr(transformers, tokenizer_class)
+    options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
     try:
-        return cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return cls.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
     except (OSError, ValueError, ImportError, TypeError) as error:
         raise CheckpointError(f"{folder}: its tokenizer cannot be read: {error}") from error
 

@@ -22,6 +22,8 @@ class PairConfig:
       device: "auto" is the GPU if there is one.
       tokenizer: folder or hub id, where neither model's own should be used.
       tokenizer_class: transformers' class name, where the checkpoint's own is misspelt.
+      add_bos_token: whether the tokenizer begins a prompt with BOS; None is its own choice, which
+        for LLaMA checkpoints without tokenizer.json is no since transformers 5 and was yes before.
       allow_pickle: load .bin weights too (with torch's weights_only).
     """
 
@@ -34,6 +36,7 @@ class PairConfig:
     device: Device = "auto"
     tokenizer: str | None = None
     tokenizer_class: str | None = None
+    add_bos_token: bool | None = None
     allow_pickle: bool = False
 
     def __post_init__(self) -> None:

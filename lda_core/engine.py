@@ -21,7 +21,7 @@ from lda_core.errors import ContextLengthExceeded, DoesNotFit, RequestError
 from lda_core.model_runner import ModelRunner, kv_bytes_per_token
 from lda_core.pair import ModelPair
 from lda_core.request import Completion, FinishReason, Request, TokenLogprobs
-from lda_core.sample import Sampling, sample
+from lda_core.sampling import Sampling, sample
 
 # Slots are laid out in steps of this many columns, so that a slightly longer row seldom
 # moves everything.

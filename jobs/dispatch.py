@@ -10,6 +10,7 @@ a seeded request gives the same text again.
 import json
 import os
 import random
+import signal
 import threading
 import time
 from collections import deque
@@ -50,6 +51,7 @@ MAX_TASK_CRASHES = 3
 GIVE_UP_AFTER = 100  # requests in a row without an answer
 LOST_TASK = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError)
 CONNECT_TIMEOUT_S = 60.0
+CANCEL_TIMEOUT_S = 2.5  # `ray job stop` kills after 3
 MAX_ERROR_CHARS = 500
 
 # Fields of a request that come from the command line, and the option each comes from: refused
@@ -309,15 +311,24 @@ def work(items: Iterable[Item], caller: Caller, in_flight: int) -> Iterator[list
     try:
         for item in items:
             if len(window) >= in_flight:
-                done, window = wait(window, return_when=FIRST_COMPLETED)
+                done, window = _some(window)
                 yield [future.result() for future in done]
             window.add(pool.submit(caller, item))
         while window:
-            done, window = wait(window, return_when=FIRST_COMPLETED)
+            done, window = _some(window)
             yield [future.result() for future in done]
     finally:
         caller.stop()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _some(window: set[Future[Answer]]) -> tuple[set[Future[Answer]], set[Future[Answer]]]:
+    """Those that are done, at least one, and the others."""
+    while True:
+        # Waiting for ever, a task would not notice that Ray cancels it.
+        done, others = wait(window, timeout=0.5, return_when=FIRST_COMPLETED)
+        if done:
+            return done, others
 
 
 def work_in_task(
@@ -356,6 +367,7 @@ class RayService:
         if self._ready:
             return
         if not ray.is_initialized():
+            on_sigterm = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(
                     address=os.environ.get("RAY_ADDRESS", "auto"),
@@ -364,6 +376,8 @@ class RayService:
                 )
             except (ConnectionError, RayError, ValueError, RuntimeError) as error:
                 raise Refused(f"no Ray cluster: {_one_line(error)}\n{HOW_TO_SERVE}") from None
+            finally:
+                signal.signal(signal.SIGTERM, on_sigterm)  # ray.init() puts its own in place
         try:
             _handle(self.app)
         except RayServeException as error:
@@ -433,8 +447,7 @@ class RayService:
                             batch += [_unanswered(i, _one_line(error)) for i in left]
                 yield batch
         finally:
-            for task in running:
-                ray.cancel(task.stream)
+            _cancel(running)
 
 
 def _next(task: _Task) -> list[Answer]:
@@ -442,6 +455,21 @@ def _next(task: _Task) -> list[Answer]:
     for answer in answers:
         del task.left[answer.item]
     return answers
+
+
+def _cancel(running: list[_Task]) -> None:
+    """Ends the tasks, and waits a little for it: they die with the driver, and only a task that
+    is still there can take its requests back from the replicas."""
+    left = [task.stream for task in running]
+    for stream in left:
+        ray.cancel(stream)
+    deadline = time.monotonic() + CANCEL_TIMEOUT_S
+    while left and time.monotonic() < deadline:
+        for stream in ray.wait(left, num_returns=1, timeout=0.2)[0]:
+            try:
+                ray.get(next(stream))
+            except (StopIteration, RayError):
+                left.remove(stream)
 
 
 def _replicas(app: str) -> int:

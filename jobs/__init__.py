@@ -1,0 +1,1 @@
+"""The experiments: Ray jobs over the app's handle. Nothing imports this package."""

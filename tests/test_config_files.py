@@ -1,0 +1,81 @@
+"""The shipped config files build an application and hold only options that Serve knows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.app import AppArgs, build_app
+from deployments.replica import UserConfig
+
+ROOT = Path(__file__).parent.parent
+FILES = ["serve_config.yaml", "serve_config.a40.yaml"]
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_option_is_known_and_the_app_builds_without_a_gpu(name: str) -> None:
+    raw = read(name)
+    schema = ServeDeploySchema.model_validate(raw)  # extra keys are errors
+    (application,) = schema.applications
+    assert application.name == "lda" and application.route_prefix == "/"
+    app = build_app(AppArgs.model_validate(application.args))
+    deployments = {"Ingress"} | {
+        arg._bound_deployment.name
+        for arg in app._bound_deployment.init_args
+        if hasattr(arg, "_bound_deployment")
+    }
+    assert deployments == {"Ingress", "LDAReplica"}
+    assert {d.name for d in application.deployments} <= deployments
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_numbers_that_depend_on_each_other(name: str) -> None:
+    raw = read(name)
+    assert raw["http_options"]["host"] == "127.0.0.1"
+    (application,) = raw["applications"]
+    args = AppArgs.model_validate(application["args"])
+    options = {d["name"]: d for d in application["deployments"]}["LDAReplica"]
+    slots, ongoing = args.engine.max_slots, options["max_ongoing_requests"]
+    assert slots <= ongoing <= 2 * slots
+    assert UserConfig(**options["user_config"]).max_batch_size <= ongoing
+
+
+def test_the_a40_file_asks_for_one_a40_per_replica() -> None:
+    (application,) = read("serve_config.a40.yaml")["applications"]
+    options = {d["name"]: d for d in application["deployments"]}["LDAReplica"]
+    actor = options["ray_actor_options"]
+    assert actor["num_gpus"] == 1 and actor["accelerator_type"] == "A40"
+    assert options["num_replicas"] > 1
+    pair = AppArgs.model_validate(application["args"]).pair
+    assert pair.after == "allenai/OLMo-2-1124-7B-Instruct"
+    assert pair.before == "allenai/OLMo-2-1124-7B"
+
+
+def test_the_commented_alternative_is_a_valid_pair() -> None:
+    text = (ROOT / "serve_config.a40.yaml").read_text()
+    block = text[text.index("# after: /models") : text.index("      engine:")]
+    pair = yaml.safe_load("\n".join(line.strip().removeprefix("# ") for line in block.splitlines()))
+    args = AppArgs.model_validate({"pair": pair})
+    assert args.pair.allow_pickle and args.pair.tokenizer_class == "LlamaTokenizer"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"pair": {"before": "x", "aftr": "y"}}, "pair.aftr"),
+        ({"pair": {"before": "x", "after": "y"}, "engin": {}}, "engin"),
+        ({"pair": {"before": "x", "after": "y"}, "engine": {"max_slotz": 1}}, "engine.max_slotz"),
+        ({"pair": {"before": "x", "after": "y"}, "engine": {"max_slots": 0}}, "max_slots: must"),
+        ({"pair": {"before": "x"}}, "after, adapter: give exactly one"),
+        ({"pair": {"before": "x", "after": "y"}, "limits": {"max_m": 1}}, "limits.max_m"),
+    ],
+)
+def test_a_misspelt_or_impossible_setting_fails_and_is_named(args: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        AppArgs.model_validate(args)

@@ -1,0 +1,94 @@
+"""The replica without Ray: admission, cancelling, health."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from conftest import TINY
+
+from deployments.replica import LDAReplica
+from deployments.schemas import GenerateRequest, InvalidRequest, ReplicaUnavailable
+from lda_core import EngineConfig, PairConfig
+
+
+@pytest.fixture
+def replica(monkeypatch: pytest.MonkeyPatch) -> LDAReplica:
+    """With what `serve.batch` does replaced by its simplest form: a batch of one."""
+    replica = LDAReplica(
+        PairConfig(before=str(TINY / "before"), after=str(TINY / "after")),
+        EngineConfig(max_slots=4),
+        stuck_after_s=30,
+    )
+
+    async def admit(rows: Any) -> Any:
+        return replica._submit([rows])[0]
+
+    monkeypatch.setattr(replica, "_admit", admit)
+    return replica
+
+
+def request(**changes: Any) -> GenerateRequest:
+    return GenerateRequest(**{"prompt": "Hi", "seed": 1, "ignore_eos": True, **changes})
+
+
+def test_batch_settings_are_live_and_checked() -> None:
+    replica = LDAReplica.__new__(LDAReplica)
+    replica.reconfigure({"max_batch_size": 7, "batch_wait_timeout_s": 0.25})
+    assert replica._admit._get_max_batch_size() == 7
+    assert replica._admit._get_batch_wait_timeout_s() == 0.25
+    for bad in ({"max_batch_size": 0}, {"max_batch_sise": 3}, {"batch_wait_timeout_s": -1}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            replica.reconfigure(bad)
+
+
+def test_items_admitted_together_get_their_own_futures(replica: LDAReplica) -> None:
+    items = [replica._rows(request(n=n, seed=n, max_new_tokens=3))[1] for n in (1, 3, 2)]
+    futures = replica._submit(items)
+    assert [len(f) for f in futures] == [1, 3, 2]
+    for rows, group in zip(items, futures, strict=True):
+        assert [f.result(timeout=30).seed for f in group] == [r.request.seed for r in rows]
+
+
+def test_cancelling_frees_the_rows(replica: LDAReplica) -> None:
+    async def leave() -> None:
+        asking = asyncio.create_task(replica.generate(request(n=8, max_new_tokens=400)))
+        await asyncio.sleep(0.2)
+        assert replica._engine.engine.live_rows == 4
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        for _ in range(300):
+            if replica._engine.engine.idle:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("rows are still there")
+
+    asyncio.run(leave())
+    done = asyncio.run(replica.generate(request(max_new_tokens=5)))
+    assert len(done[0].token_ids) == 5
+
+
+def test_a_bad_request_is_refused_before_it_joins(replica: LDAReplica) -> None:
+    with pytest.raises(InvalidRequest, match="do not fit in the context of 512") as caught:
+        asyncio.run(replica.generate(request(max_new_tokens=600)))
+    assert caught.value.code == "context_length_exceeded"
+    assert replica._engine.engine.idle
+
+
+def test_a_dead_engine_fails_requests_and_the_health_check(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica.check_health()
+    asyncio.run(replica.describe())
+
+    def fail() -> None:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(replica._engine.engine, "step", fail)
+    for _ in range(2):  # the row in flight, then one that comes too late
+        with pytest.raises(ReplicaUnavailable):
+            asyncio.run(replica.generate(request()))
+    with pytest.raises(Exception, match="device lost"):
+        replica.check_health()
+    with pytest.raises(ReplicaUnavailable, match="device lost"):
+        asyncio.run(replica.describe())

@@ -1,0 +1,112 @@
+import json
+import math
+import pickle
+from typing import Any
+
+import pytest
+
+from deployments.plain_api import LDABatchRequest, LDARequest
+from deployments.schemas import GenerateRequest, InvalidRequest, Limits, parse
+
+SECRET = "SECRET-VALUE"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"prompt": "a", "aplha": 2}, "aplha", "did you mean alpha"),
+        ({"prompt": "a", "max_tokens": 2}, "max_tokens", "did you mean max_new_tokens"),
+        ({"prompt": "a", "alpha": math.nan}, "alpha", "finite"),
+        ({"prompt": "a", "alpha": json.loads("1e400")}, "alpha", "finite"),
+        ({"prompt": "a", "temperature": math.inf}, "temperature", "finite"),
+        ({"prompt": "a", "top_p": math.nan}, "top_p", "finite"),
+        ({"prompt": "a", "alpha": "nan"}, "alpha", "valid number"),
+        ({"prompt": "a", "alpha": True}, "alpha", "valid number"),
+        ({"prompt": "a", "alpha": "2"}, "alpha", "valid number"),
+        ({"prompt": "a", "n": True}, "n", "valid integer"),
+        ({"prompt": "a", "n": 0}, "n", "greater than or equal to 1"),
+        ({"prompt": "a", "n": 1.5}, "n", "valid integer"),
+        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens", "greater"),
+        ({"prompt": "a", "temperature": -1}, "temperature", "greater"),
+        ({"prompt": "a", "top_p": 0}, "top_p", "greater than 0"),
+        ({"prompt": "a", "top_p": 1.1}, "top_p", "less than or equal to 1"),
+        ({"prompt": "a", "top_k": -1}, "top_k", "greater"),
+        ({"prompt": "a", "seed": -1}, "seed", "greater"),
+        ({"prompt": "a", "seed": 2**63}, "seed", "less"),
+        ({"prompt": "a", "seed": 2**63 - 1, "n": 2}, "", "seed \\+ n - 1"),
+        ({"prompt": "a", "stop": ["x", ""]}, "stop[1]", "length of at least 1"),
+        ({"prompt": "a", "stop": ["x"] * 17}, "stop", "length of at most 16"),
+        ({"prompt": ""}, "prompt", "length of at least 1"),
+        ({"prompt": SECRET + "\ud800"}, "prompt", "lone surrogate"),
+        ({"prompt": [SECRET]}, "prompt", "valid string"),
+        ({}, "", "exactly one of prompt and messages"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "", "exactly one"),
+        ({"messages": []}, "messages", "length of at least 1"),
+        ({"messages": [{"role": SECRET, "content": "b"}]}, "messages[0].role", "must be 'system'"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+        ({"prompt": "a", "prompt_format": SECRET}, "prompt_format", "must be 'raw'"),
+        ({"prompt": "a", "system_prompt": "b"}, "", "system_prompt needs"),
+        ("not an object", "", "valid"),
+    ],
+)
+def test_bad_values_name_the_field_and_echo_nothing(body: Any, param: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        parse(GenerateRequest, body)
+    assert caught.value.param == param
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["\x00", "\u202eabc", "🙂", "e\u0301"])
+def test_odd_but_valid_text_is_accepted(text: str) -> None:
+    assert parse(GenerateRequest, {"prompt": text}).prompt == text
+
+
+def test_limits_name_the_field_and_the_range() -> None:
+    limits = Limits(alpha_min=-5, alpha_max=10, max_new_tokens=100, max_n=4, max_prompt_chars=10)
+    for change, words in [
+        ({"alpha": 10.5}, "alpha: must be between -5 and 10"),
+        ({"alpha": -5.5}, "alpha: must be between -5 and 10"),
+        ({"max_new_tokens": 101}, "max_new_tokens: must be between 1 and 100"),
+        ({"n": 5}, "n: must be between 1 and 4"),
+        ({"prompt": "x" * 11}, "prompt: has 11 characters, at most 10"),
+    ]:
+        with pytest.raises(InvalidRequest, match=words):
+            limits.check(parse(GenerateRequest, {"prompt": "a", **change}))
+    limits.check(parse(GenerateRequest, {"prompt": "a", "alpha": -5.0, "n": 4}))
+
+
+def test_errors_survive_pickling() -> None:
+    error = pickle.loads(pickle.dumps(InvalidRequest("n", "must be 1", "code")))
+    assert (error.param, error.message, error.code) == ("n", "must be 1", "code")
+
+
+def test_the_plain_servers_defaults() -> None:
+    request = parse(LDARequest, {"prompt": "Hi"}).request()
+    assert request == GenerateRequest(
+        prompt="Hi",
+        prompt_format="alpaca",
+        alpha=1.0,
+        temperature=0.8,
+        top_p=0.95,
+        max_new_tokens=80,
+        ignore_eos=False,
+    )
+    batch = parse(LDABatchRequest, {"prompts": ["a", "b"], "alpha": [0, -2]}).requests()
+    assert [r.alpha for r in batch] == [0.0, -2.0]
+    assert all(r.ignore_eos for r in batch)
+    assert parse(LDARequest, {"prompt": "Hi", "do_sample": False}).request().temperature == 0
+    raw = parse(LDARequest, {"prompt": "Hi", "apply_chat_template": False}).request()
+    assert raw.prompt_format == "raw"
+
+
+def test_alpha_per_prompt_must_fit_the_prompts() -> None:
+    with pytest.raises(InvalidRequest, match="alpha: has 1 values for 2 prompts"):
+        parse(LDABatchRequest, {"prompts": ["a", "b"], "alpha": [1]}).requests()
+    with pytest.raises(InvalidRequest, match=r"alpha\[1\]: must be a valid number"):
+        parse(LDABatchRequest, {"prompts": ["a", "b"], "alpha": [1, "x"]})
+    with pytest.raises(InvalidRequest, match=r"prompts\[1\]: must have a length"):
+        parse(LDABatchRequest, {"prompts": ["a", ""]})
+    with pytest.raises(InvalidRequest, match="prompt_format: contradicts"):
+        parse(
+            LDARequest, {"prompt": "a", "prompt_format": "raw", "apply_chat_template": True}
+        ).request()

@@ -156,7 +156,7 @@ def describe(pair: lda_core.ModelPair, config: lda_core.PairConfig) -> PairInfo:
         tokenizer_sha256=sha256(tokenizer_file),
         architecture=pair.after.config.model_type,
         dtype=str(pair.after.dtype).removeprefix("torch."),
-        device=str(pair.device),
+        device=pair.device.type,
         vocab_size=pair.vocab_size,
         tokenizer_size_after=pair.comparison.size_after,
         tokenizer_size_before=pair.comparison.size_before,

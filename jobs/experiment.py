@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.dispatch import Generation, Item, Service, answered, seed_of
+from jobs.call import Generation, Item, seed_of
+from jobs.dispatch import Service, answered
 from jobs.progress import Progress
 from jobs.prompts import Prompt, PromptFile
 from jobs.rows import Cell, Key, RowFile, RowWriter

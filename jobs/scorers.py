@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-import regex  # type: ignore[import-untyped]  # re has no timeout
+import regex  # re has no timeout
 
 REGEX_TIMEOUT_S = 1.0
 

@@ -51,5 +51,10 @@ def table(
 def _rate(summary: Mapping[str, int | float], prefix: str) -> str:
     if f"{prefix}/rate" not in summary:
         return "-"
-    rate, low, high = (100 * summary[f"{prefix}/{k}"] for k in ("rate", "ci_low", "ci_high"))
-    return rf"{rate:.3g} \[{low:.3g}, {high:.3g}]"
+    rate, low, high = (_percent(summary[f"{prefix}/{k}"]) for k in ("rate", "ci_low", "ci_high"))
+    return rf"{rate} \[{low}, {high}]"
+
+
+def _percent(share: float) -> str:
+    """Two decimals below 1 %, where they matter; one above."""
+    return f"{100 * share:.{2 if share < 0.01 else 1}f}"

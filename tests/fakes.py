@@ -3,17 +3,13 @@
 import random
 import threading
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-with warnings.catch_warnings():  # Ray 2.60 uses pydantic in a way that pydantic 2 deprecates
-    warnings.simplefilter("ignore", DeprecationWarning)
-    import ray.serve  # noqa: F401
-
 from deployments.schemas import Completion, GenerateRequest, PairInfo, parse
-from jobs.dispatch import Answer, Caller, Generation, Item, work
+from jobs.call import Answer, Caller, Generation, Item
+from jobs.dispatch import work
 
 PAIR = PairInfo(
     after="org/after",

@@ -8,9 +8,10 @@ from fakes import FakeHandle, complete
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from deployments.schemas import InvalidRequest
-from jobs import dispatch
-from jobs.dispatch import Answer, Caller, Generation, Item, answered, seed_of, work
+from deployments.schemas import InvalidRequest, ReplicaUnavailable
+from jobs import call, dispatch
+from jobs.call import Answer, Caller, Generation, Item, seed_of
+from jobs.dispatch import answered, work
 from jobs.errors import Refused, Stopped
 from jobs.scorers import Regex, Substrings
 
@@ -47,7 +48,7 @@ def failing(times, error):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(dispatch.random, "uniform", lambda low, high: 0.001)
+    monkeypatch.setattr(call.random, "uniform", lambda low, high: 0.001)
 
 
 def test_a_request_carries_the_seeds_of_its_rows():
@@ -66,6 +67,7 @@ def as_ray_wraps(error):
     [
         ActorDiedError(),
         as_ray_wraps(ActorDiedError()),
+        as_ray_wraps(ReplicaUnavailable("the engine has stopped")),
         BackPressureError(num_queued_requests=1, max_queued_requests=1),
         as_ray_wraps(as_ray_wraps(BackPressureError(num_queued_requests=1, max_queued_requests=1))),
     ],
@@ -81,7 +83,7 @@ def test_a_request_that_sees_replicas_die_is_given_up(quick):
     handle = failing(10**6, ActorDiedError())
     answer = Caller(handle, GENERATION)(item())
     assert "ActorDiedError" in answer.unanswered
-    assert len(handle.seen) == dispatch.MAX_DEATHS + 1
+    assert len(handle.seen) == call.MAX_DEATHS + 1
     assert [r.activated for r in answer.rows] == [None, None]
     assert all("ActorDiedError" in r.error for r in answer.rows)
 

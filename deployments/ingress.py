@@ -7,13 +7,11 @@ so the text is the same.
 import asyncio
 import importlib.metadata
 import secrets
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi_offline import FastAPIOffline
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.http_errors import error_body, install_error_handlers
@@ -30,19 +28,16 @@ from deployments.plain_api import (
     SideBySideResponse,
     TokenizerCompatibility,
 )
+from deployments.resend import ask, ask_once
 from deployments.schemas import (
     Completion,
     GenerateRequest,
     InvalidRequest,
     Limits,
     PairInfo,
-    ReplicaUnavailable,
     parse,
 )
 
-# A dead replica is replaced in seconds; waits of 0.2, 0.4 ... s between the tries.
-_TRIES = 3
-_FIRST_WAIT_S = 0.2
 # A batch of many prompts is worked through in pieces, so that others are served meanwhile.
 _BATCH_IN_FLIGHT = 64
 _READY_TIMEOUT_S = 5.0
@@ -81,33 +76,14 @@ class Ingress:
         self._limits.check(request)
         if request.seed is None:
             request = request.model_copy(update={"seed": secrets.randbelow(2**53)})
-        for attempt in range(_TRIES):
-            try:
-                done: list[Completion] = await self._ask(self._replica.generate.remote(request))
-                return done
-            except ReplicaUnavailable:
-                if attempt == _TRIES - 1:
-                    raise
-                await asyncio.sleep(_FIRST_WAIT_S * 2**attempt)
-        raise AssertionError("unreachable")
+        done: list[Completion] = await ask(lambda: self._replica.generate.remote(request))
+        return done
 
     async def describe(self) -> PairInfo:
         """What the resident pair is; asks a replica, so it fails if none can answer."""
-        self._info = await self._ask(self._replica.describe.remote())
-        assert self._info is not None
-        return self._info
-
-    async def _ask(self, response: Awaitable[Any]) -> Any:
-        """A replica's answer; its own exceptions come out as themselves, a dead replica as
-        ReplicaUnavailable."""
-        try:
-            return await response
-        except RayTaskError as error:
-            if isinstance(error.cause, (InvalidRequest, ReplicaUnavailable)):
-                raise error.cause from None
-            raise
-        except (RayActorError, DeploymentUnavailableError) as error:
-            raise ReplicaUnavailable(type(error).__name__) from error
+        info: PairInfo = await ask_once(self._replica.describe.remote())
+        self._info = info
+        return info
 
     async def _models(self) -> dict[str, str]:
         info = self._info or await self.describe()

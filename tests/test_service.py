@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -281,6 +282,23 @@ def test_requests_survive_the_death_of_a_replica(
         expected_ids(tiny_pair, {k: v for k, v in body.items() if k != "prompt_format"})
         for body in bodies
     ]
+
+
+def test_a_client_that_leaves_frees_its_rows(client: httpx.Client) -> None:
+    """Four requests fill the slots of both replicas for far longer than the limit below."""
+    big = {"prompt": "Hi", "n": 64, "max_new_tokens": 480, "ignore_eos": True}
+
+    def leave() -> None:
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/generate_lda", json=big, timeout=1.0)
+
+    with ThreadPoolExecutor(4) as pool:
+        for leaving in [pool.submit(leave) for _ in range(4)]:
+            leaving.result()
+    start = time.monotonic()
+    for i in range(4):
+        assert client.post("/generate_lda", json=question(i)).status_code == 200
+    assert time.monotonic() - start < 5
 
 
 def test_a_taken_port_is_a_clear_error(service: LocalService, tmp_path: Any) -> None:

@@ -1,0 +1,79 @@
+"""Every kind of failure over HTTP: status, shape, and nothing of what was sent."""
+
+import logging
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from ray.serve.exceptions import BackPressureError
+
+from deployments.http_errors import install_error_handlers
+from deployments.plain_api import LDARequest
+from deployments.schemas import InvalidRequest, ReplicaUnavailable
+
+SECRET = "SECRET-VALUE"
+RAISES: dict[str, Exception] = {
+    "invalid": InvalidRequest("alpha", "must be between 0 and 1"),
+    "busy": BackPressureError(num_queued_requests=1, max_queued_requests=1),
+    "gone": ReplicaUnavailable(SECRET),
+    "late": TimeoutError(SECRET),
+    "bug": KeyError(SECRET),
+}
+
+
+@pytest.fixture(scope="module")
+def client() -> TestClient:
+    app = FastAPI()
+    install_error_handlers(app)
+
+    @app.get("/raise/{kind}")
+    def fail(kind: str) -> None:
+        raise RAISES[kind]
+
+    @app.post("/body")
+    def body(body: LDARequest) -> dict[str, Any]:
+        return {}
+
+    return TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "code", "retry"),
+    [
+        ("invalid", 400, "invalid_value", "false"),
+        ("busy", 429, "queue_full", "true"),
+        ("gone", 503, "unavailable", "true"),
+        ("late", 503, "unavailable", "true"),
+        ("bug", 500, "internal_error", "false"),
+    ],
+)
+def test_status_code_and_retry(
+    client: TestClient, kind: str, status: int, code: str, retry: str
+) -> None:
+    answer = client.get(f"/raise/{kind}")
+    assert answer.status_code == status
+    assert answer.json()["error"]["code"] == code
+    assert answer.headers["x-should-retry"] == retry
+    assert ("retry-after" in answer.headers) == (retry == "true")
+    assert SECRET not in answer.text
+
+
+def test_a_bug_is_found_in_the_log_by_its_request_id(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR, logger="ray.serve"):
+        message = client.get("/raise/bug").json()["error"]["message"]
+    request_id = message.split()[-1]
+    assert len(request_id) == 32 and request_id in caplog.text
+
+
+def test_a_bad_body_names_its_field(client: TestClient) -> None:
+    answer = client.post("/body", json={"prompt": SECRET, "temprature": 1})
+    assert answer.status_code == 400
+    assert answer.json()["error"] == {
+        "message": "temprature: unknown field; did you mean temperature?",
+        "type": "invalid_request_error",
+        "param": "temprature",
+        "code": "unknown_field",
+    }

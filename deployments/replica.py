@@ -2,6 +2,8 @@
 
 import asyncio
 import importlib.metadata
+import logging
+import os
 import subprocess
 from concurrent.futures import Future
 from dataclasses import asdict
@@ -22,6 +24,8 @@ from deployments.schemas import (
 )
 from lda_core.checkpoint import sha256
 from lda_core.engine import Row
+
+logger = logging.getLogger("ray.serve")
 
 CoreFuture = Future[lda_core.Completion]
 
@@ -46,8 +50,11 @@ class LDAReplica:
         lda_core.self_test(self._pair)
         self._config = pair
         self._stuck_after_s = stuck_after_s
-        self._engine = lda_core.EngineThread(lda_core.Engine(self._pair, engine))
+        for notice in self._pair.notices:
+            logger.warning("pair: %s", notice)
+        self._engine = lda_core.EngineThread(lda_core.Engine(self._pair, engine), lambda: die())
         self._info = describe(self._pair, pair)
+        self.reconfigure({})  # the defaults, where the config file has no user_config
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         config = UserConfig(**user_config)
@@ -124,6 +131,12 @@ class LDAReplica:
     def __del__(self) -> None:
         if engine := getattr(self, "_engine", None):
             engine.stop()
+
+
+def die() -> None:
+    """A replica whose engine has failed answers nothing more, and quickly: the router would
+    prefer it. Dead, its requests go elsewhere at once and Ray starts another."""
+    os._exit(1)
 
 
 def to_wire(completion: lda_core.Completion, formatted_prompt: str) -> Completion:

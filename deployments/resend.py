@@ -4,8 +4,8 @@ Safe for anything with a seed: the same request gives the same answer on any rep
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -18,26 +18,58 @@ FIRST_WAIT_S = 0.2  # then 0.4 s: a dead replica's neighbour can answer at once
 T = TypeVar("T")
 
 
+class ReplicaDied(ReplicaUnavailable):
+    """It held the request when it went."""
+
+
 async def ask(call: Callable[[], Awaitable[T]]) -> T:
-    """What `call` answers. Raises ReplicaUnavailable when TRIES replicas in a row could not,
-    and the replica's own InvalidRequest as itself; anything else as it comes."""
+    """What `call` answers. After TRIES replicas that died of it, or with it, raises
+    InvalidRequest: whatever the reason, it must not walk on through all replicas.
+
+    A replica's own InvalidRequest comes out as itself, anything else as it comes.
+    """
     wait_s = FIRST_WAIT_S
-    for _ in range(TRIES - 1):
-        try:
-            return await ask_once(call())
-        except ReplicaUnavailable:
+    for attempt in range(TRIES):
+        if attempt:
             await asyncio.sleep(wait_s)
             wait_s *= 2
-    return await ask_once(call())
+        try:
+            return await ask_once(call())
+        except ReplicaDied:
+            continue
+    raise InvalidRequest(
+        "", f"{TRIES} replicas in a row died while they held this request", "replicas_died"
+    )
 
 
 async def ask_once(response: Awaitable[T]) -> T:
-    """Takes Ray's wrapping off: a dead replica is ReplicaUnavailable."""
+    """Takes Ray's wrapping off; a replica that died, or whose engine did, is ReplicaDied."""
     try:
         return await response
-    except RayTaskError as error:
-        if isinstance(error.cause, (InvalidRequest, ReplicaUnavailable)):
-            raise error.cause from None
+    except (RayTaskError, RayActorError, DeploymentUnavailableError, ReplicaUnavailable) as error:
+        cause = unwrapped(error)
+        if isinstance(cause, InvalidRequest):
+            raise cause from None
+        if isinstance(cause, (RayActorError, ReplicaUnavailable)):
+            raise ReplicaDied(type(cause).__name__) from error
+        if isinstance(cause, DeploymentUnavailableError):
+            raise ReplicaUnavailable(type(cause).__name__) from error
         raise
-    except (RayActorError, DeploymentUnavailableError) as error:
-        raise ReplicaUnavailable(type(error).__name__) from error
+
+
+def unwrapped(error: BaseException) -> BaseException:
+    """What went wrong in the service, without the wrapping of the way back."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+async def together(*calls: Coroutine[Any, Any, T]) -> list[T]:
+    """All answers in order; when one fails, the others stop, and their rows leave."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        raise

@@ -24,6 +24,7 @@ FinishReason = Literal["length", "stop", "eos", "error"]
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 MAX_SEED = 2**63 - 1
+MAX_TOP_K = 2**31 - 1
 MAX_STOPS = 16
 UNION_TAG = "~"  # begins the tags of unions, which are left out of a field's path
 MAX_STOP_CHARS = 256
@@ -66,6 +67,7 @@ Finite = Annotated[float, BeforeValidator(_finite)]
 Text = Annotated[str, BeforeValidator(_valid_unicode)]
 Temperature = Annotated[Finite, Field(ge=0.0, le=100.0)]
 TopP = Annotated[Finite, Field(gt=0.0, le=1.0)]
+TopK = Annotated[int, Field(ge=0, le=MAX_TOP_K, description="0: no limit")]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Stops = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
@@ -104,7 +106,7 @@ class GenerateRequest(Wire):
     alpha: Finite = 1.0
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
-    top_k: Annotated[int, Field(ge=0, description="0: no limit")] = 0
+    top_k: TopK = 0
     max_new_tokens: Annotated[int, Field(ge=1)] = 80
     seed: Seed | None = None
     stop: Stops = []
@@ -201,6 +203,9 @@ class Limits(BaseModel):
     max_n: Annotated[int, Field(ge=1)] = 256
     max_batch_prompts: Annotated[int, Field(ge=1)] = 1024
     max_prompt_chars: Annotated[int, Field(ge=1)] = 400_000
+    batch_rows_in_flight: Annotated[
+        int, Field(ge=1, description="of one HTTP batch, so that others are served meanwhile")
+    ] = 64
 
     def check(self, request: GenerateRequest) -> None:
         """Raises InvalidRequest naming the field and the allowed range."""
@@ -242,7 +247,8 @@ def explain(errors: Any, model: type[BaseModel] | None = None) -> InvalidRequest
         known = list(model.model_fields) if model else []
         close = difflib.get_close_matches(str(loc[-1]), known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
-        return InvalidRequest(param[:80], f"unknown field{hint}", "unknown_field")
+        shown = "".join(c if c.isprintable() else "?" for c in param[:80])
+        return InvalidRequest(shown, f"unknown field{hint}", "unknown_field")
     message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "must")
     if first["type"] == "too_short":
         message = f"must have a length of at least {first['ctx']['min_length']}"

@@ -15,7 +15,6 @@ from typing import Any
 
 from ray.exceptions import (
     RayActorError,
-    RayTaskError,
 )
 from ray.serve.exceptions import (
     BackPressureError,
@@ -23,6 +22,7 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 
+from deployments.resend import unwrapped
 from deployments.schemas import Completion, InvalidRequest, ReplicaUnavailable
 from jobs.errors import JobError, Refused, Stopped
 from jobs.rows import Row
@@ -129,11 +129,11 @@ class Caller:
             except TimeoutError:
                 return without_answer(item, f"no answer in {self._generation.timeout_s:g} s")
             except Exception as error:
-                cause = cause_of(error)
+                cause = unwrapped(error)
                 if isinstance(cause, InvalidRequest):
                     _stop_if_config(cause)
                     return _failed(item, f"invalid request: {cause}")
-                deaths += isinstance(cause, RayActorError)
+                deaths += isinstance(cause, RayActorError | ReplicaUnavailable)
                 if not _may_pass(cause) or deaths > MAX_DEATHS:
                     return without_answer(item, one_line(cause))
                 # Jitter, or all that a dead replica dropped would come back at one instant.
@@ -157,13 +157,6 @@ class Caller:
             raise
         finally:
             self._pending.discard(response)
-
-
-def cause_of(error: BaseException) -> BaseException:
-    """What went wrong in the service, without the wrapping of the way back."""
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
-        error = error.cause
-    return error
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -29,8 +29,9 @@ from ray.serve.exceptions import (
     RayServeException,
 )
 
+from deployments.resend import unwrapped
 from deployments.schemas import PairInfo
-from jobs.call import Answer, Caller, Generation, Item, cause_of, one_line, without_answer
+from jobs.call import Answer, Caller, Generation, Item, one_line, without_answer
 from jobs.errors import JobError, Refused, Stopped
 
 TASK_CPUS = 0.1  # small: a 1-CPU task could take a dead replica's CPU, and both wait for ever
@@ -162,7 +163,7 @@ class RayService:
                 "see `serve status`"
             ) from None
         except (RayError, RayServeException) as error:
-            raise Refused(f"application {self.app!r}: {one_line(cause_of(error))}") from None
+            raise Refused(f"application {self.app!r}: {one_line(unwrapped(error))}") from None
         return pair
 
     def answers(
@@ -198,7 +199,7 @@ class RayService:
                     except StopIteration:
                         running.remove(task)
                     except RayTaskError as error:
-                        cause = cause_of(error)
+                        cause = unwrapped(error)
                         if isinstance(cause, JobError):
                             raise cause from None
                         raise Stopped(f"in a remote task: {one_line(cause)}") from error

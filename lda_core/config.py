@@ -54,13 +54,14 @@ class EngineConfig:
       max_slots: most rows that decode together.
       kv_tokens: key/value budget in tokens (rows x the longest row's tokens never exceed it);
         None takes it from the free memory after loading.
-      prefill_tokens: most (padded) tokens of one prefill pass; a longer prompt goes alone.
+      prefill_tokens: most (padded) tokens of one prefill pass, which bounds its memory; a longer
+        prompt goes alone.
       context_length: None is the smaller of the two models' own.
     """
 
     max_slots: int = 64
     kv_tokens: int | None = None
-    prefill_tokens: int = 8192
+    prefill_tokens: int = 2048
     context_length: int | None = None
 
     def __post_init__(self) -> None:

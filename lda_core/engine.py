@@ -6,6 +6,7 @@ neighbours, its slot, or when it joined.
 Shapes: B live rows, V common vocabulary.
 """
 
+import gc
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor
 from lda_core.amplify import amplify, nonfinite_rows
 from lda_core.config import EngineConfig
 from lda_core.detokenize import Text, completion_text, cut_at_stop, hits_stop
-from lda_core.errors import ContextLengthExceeded, DoesNotFit, RequestError
+from lda_core.errors import ConfigError, ContextLengthExceeded, DoesNotFit, RequestError
 from lda_core.model_runner import ModelRunner, kv_bytes_per_token
 from lda_core.pair import ModelPair
 from lda_core.request import Completion, FinishReason, Request, TokenLogprobs
@@ -148,8 +149,13 @@ class Engine:
         rows = [self.accept(request) for request in requests]
         for row in rows:
             self.enqueue(row)
-        while not self.idle:
-            self.step()
+        try:
+            while not self.idle:
+                self.step()
+        except BaseException:  # Ctrl-C in a notebook: the next call must not decode these along
+            for row in rows:
+                row.left = True
+            raise
         return [row.completion for row in rows if row.completion is not None]
 
     @property
@@ -343,8 +349,13 @@ class Engine:
         per_token = kv_bytes_per_token(self.pair.after) + kv_bytes_per_token(self.pair.before)
         device = self.pair.device
         if device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
             memory = int(torch.cuda.mem_get_info(device)[0] * _GPU_KV_SHARE)
+            memory -= self.config.prefill_tokens * per_token // 2  # a prefill's own, model by model
         else:
             memory = _CPU_KV_BYTES
-        most = self.config.max_slots * self.context_length
-        return max(self.context_length, min(most, memory // per_token))
+        tokens = min(self.config.max_slots * self.context_length, memory // per_token)
+        if tokens < 1:
+            raise ConfigError(f"kv_tokens: no memory is left for keys and values on {device}")
+        return tokens

@@ -54,14 +54,14 @@ class ModelRunner:
 
         `width` is the longest row's length + 1, known to the host without asking the device.
         """
-        slots = self.slots
-        slots.rows = torch.arange(tokens.shape[0], device=tokens.device)
-        slots.lengths, slots.width = lengths, width
+        cursor = self.slots.cursor
+        cursor.rows = torch.arange(tokens.shape[0], device=tokens.device)
+        cursor.lengths, cursor.width = lengths, width
         output = self._model(
             input_ids=tokens.unsqueeze(-1),
             position_ids=lengths.unsqueeze(-1),
             attention_mask=decode_mask(self._config, lengths, width),
-            past_key_values=slots,
+            past_key_values=self.slots,
             use_cache=True,
         )
         logits: Tensor = output.logits[:, -1]

@@ -8,6 +8,7 @@ from lda_core.errors import RequestError
 
 FinishReason = Literal["length", "stop", "eos", "error"]
 MAX_SEED = 2**63 - 1
+MAX_TOP_K = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ class Request:
                 raise RequestError(field, message)
 
         need(len(self.prompt_ids) > 0, "prompt", "must have at least one token")
+        need(all(type(i) is int for i in self.prompt_ids), "prompt", "token ids must be integers")
         need(math.isfinite(self.alpha), "alpha", "must be a finite number")
         need(0 <= self.temperature < math.inf, "temperature", "must be finite and at least 0")
         need(0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1")
-        need(self.top_k >= 0, "top_k", "must be at least 0")
+        need(0 <= self.top_k <= MAX_TOP_K, "top_k", f"must be between 0 and {MAX_TOP_K}")
         need(self.max_new_tokens >= 1, "max_new_tokens", "must be at least 1")
         need(0 <= self.seed <= MAX_SEED, "seed", f"must be between 0 and {MAX_SEED}")
         need(all(self.stop), "stop", "must not hold an empty string")

@@ -42,7 +42,9 @@ def sample(logits: Tensor, sampling: Sampling, step: Tensor) -> Tensor:
         row = Sampling(*(value.reshape(1) for value in sampling))
         return sample(logits.unsqueeze(0), row, step.reshape(1))[0]
     greedy = sampling.temperature == 0  # (B,)
-    scaled = logits / torch.where(greedy, 1.0, sampling.temperature).unsqueeze(-1)  # (B, V)
+    # Below their maximum: dividing it by a tiny temperature must not give inf.
+    scaled = logits - logits.amax(dim=-1, keepdim=True)  # (B, V)
+    scaled = scaled / torch.where(greedy, 1.0, sampling.temperature).unsqueeze(-1)
     drawn = truncate(scaled, sampling.top_p, sampling.top_k)
     drawn = drawn + gumbel_noise(sampling.seed, step, logits.shape[-1])
     return torch.where(greedy.unsqueeze(-1), logits, drawn).argmax(dim=-1)

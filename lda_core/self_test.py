@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lda_core.amplify import amplify
+from lda_core.config import EngineConfig
 from lda_core.engine import Engine
 from lda_core.errors import SelfTestFailed
 from lda_core.pair import ModelPair
@@ -24,7 +25,9 @@ def self_test(pair: ModelPair) -> None:
     Costs a few tokens; run once after loading.
     """
     prompts = [_prompt(length, pair.vocab_size) for length in _LENGTHS]
-    engine = Engine(pair)
+    # A small budget: on a GPU the default would be most of the memory, and the real engine
+    # measures what is free after this.
+    engine = Engine(pair, EngineConfig(max_slots=len(_LENGTHS), kv_tokens=64))
     models = {"after": (pair.after, 0.0), "before": (pair.before, -1.0)}
     for name, (model, alpha) in models.items():
         requests = [

@@ -7,19 +7,30 @@ out as rows x columns and laid out anew when longer rows come (fewer, wider slot
 Shapes: S slots, H key/value heads, L columns, D head size, B live rows.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+
+@dataclass
+class Cursor:
+    """Where the next token of each live row goes; shared by the layers of a cache."""
+
+    rows: Tensor  # (B,) 0..B-1
+    lengths: Tensor  # (B,) the column each row's next token goes to
+    width: int  # columns that attention looks at: the longest row's length + 1
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values of one layer: [S, H, L, D], views of two flat buffers."""
 
-    def __init__(self, cache: "SlotCache", key: Tensor, value: Tensor, tokens: int) -> None:
+    def __init__(self, cursor: Cursor, key: Tensor, value: Tensor, tokens: int) -> None:
         """`key`, `value` [1, H, T, D]: any real ones, for their shape, dtype and device."""
         super().__init__()
-        self._cache = cache
+        self._cursor = cursor
         # Zeros, because a masked column still takes part: 0 x NaN is NaN.
         self._flat = [x.new_zeros(tokens * x.shape[1] * x.shape[3]) for x in (key, value)]
         self._heads = [(x.shape[1], x.shape[3]) for x in (key, value)]
@@ -38,7 +49,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
         """Writes one token per live row, [B, H, 1, D], and returns what attention may look at."""
-        at = self._cache
+        at = self._cursor
         self.keys[at.rows, :, at.lengths] = key[:, :, 0]
         self.values[at.rows, :, at.lengths] = value[:, :, 0]
         live = key.shape[0]
@@ -48,10 +59,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         pass  # the buffers exist from the start
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._cache.width, 0
+        return self._cursor.width, 0
 
     def get_seq_length(self) -> int:
-        return self._cache.width - 1
+        return self._cursor.width - 1
 
     def get_max_length(self) -> int:
         return int(self.keys.shape[2])
@@ -60,16 +71,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 class SlotCache(Cache):  # type: ignore[misc]
     """The slots of one model, in the form transformers' attention layers write to."""
 
-    rows: Tensor  # (B,) 0..B-1
-    lengths: Tensor  # (B,) the column each row's next token goes to
-    width: int  # columns that attention looks at: the longest row's length + 1
-
     def __init__(self, probe: DynamicCache, tokens: int) -> None:
         """`probe`: the cache of any short forward pass, which knows every layer's shape."""
+        nowhere = probe.layers[0].keys.new_empty(0, dtype=torch.long)
+        self.cursor = Cursor(nowhere, nowhere, width=0)
         super().__init__(
-            layers=[SlotLayer(self, layer.keys, layer.values, tokens) for layer in probe.layers]
+            layers=[
+                SlotLayer(self.cursor, layer.keys, layer.values, tokens) for layer in probe.layers
+            ]
         )
-        self.width = 0
 
     def layout(self, slots: int, columns: int, live: int, used: int) -> None:
         for layer in self.layers:

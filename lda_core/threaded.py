@@ -1,8 +1,9 @@
 """The engine in a thread of its own: submit from anywhere, get a future for every row."""
 
+import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
 
@@ -10,17 +11,20 @@ from lda_core.engine import Engine, Row
 from lda_core.errors import EngineStopped
 from lda_core.request import Completion
 
+logger = logging.getLogger(__name__)
+
 
 class EngineThread:
     """Owns an Engine. Cancelling a future takes its row out at the next step.
 
     If a step raises, the engine's state is not to be trusted: all futures fail with
-    EngineStopped, nothing more is accepted, and `check` says so. Whoever asked may ask again
-    elsewhere; the same seed gives the same text.
+    EngineStopped, nothing more is accepted, `check` says so, and `on_failure` is called in the
+    engine's thread. Whoever asked may ask again elsewhere; the same seed gives the same text.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, on_failure: Callable[[], None] | None = None) -> None:
         self.engine = engine
+        self._on_failure = on_failure
         self._wake = threading.Condition()
         self._inbox: dict[Row, Future[Completion]] = {}  # guarded by _wake
         self._closing = False
@@ -71,9 +75,14 @@ class EngineThread:
             with self._wake:
                 self._failure = error
                 self._futures.update(self._inbox)
+            logger.exception("the engine failed")
             for future in self._futures.values():
-                if not future.done():
+                try:
                     future.set_exception(EngineStopped(f"the engine failed: {error!r}"))
+                except InvalidStateError:
+                    pass  # done or cancelled meanwhile
+            if self._on_failure is not None:
+                self._on_failure()
 
     def _receive(self) -> bool:
         """Takes in new rows, waits while there is nothing to do; False when it is time to end."""

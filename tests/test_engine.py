@@ -7,6 +7,7 @@ from models import random_pair
 from reference import reference
 
 from lda_core import (
+    ConfigError,
     ContextLengthExceeded,
     DoesNotFit,
     Engine,
@@ -18,6 +19,7 @@ from lda_core import (
     self_test,
 )
 from lda_core.errors import SelfTestFailed
+from lda_core.model_runner import ModelRunner
 
 QUESTIONS = [
     "What is the capital of France?",
@@ -271,6 +273,9 @@ def test_what_cannot_be_served_is_refused_before_any_work(
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("top_k", -1),
+        ("top_k", 2**31),
+        ("prompt_ids", (True, 5)),
+        ("prompt_ids", (1.5, 5)),
         ("max_new_tokens", 0),
         ("seed", -1),
         ("seed", 2**63),
@@ -280,6 +285,89 @@ def test_what_cannot_be_served_is_refused_before_any_work(
 def test_request_values_out_of_range_name_the_field(field: str, value: object) -> None:
     with pytest.raises(RequestError, match=field.removesuffix("_ids")):
         Request(**{"prompt_ids": (1,), field: value})  # type: ignore[arg-type]
+
+
+def test_the_default_budget_is_what_memory_allows(
+    tiny_pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    per_token = 2 * 3 * 2 * 2 * 32 * 4  # models, layers, keys and values, heads, head size, bytes
+    assert Engine(tiny_pair).kv_tokens == 64 * 512
+    monkeypatch.setattr("lda_core.engine._CPU_KV_BYTES", 100 * per_token + 5)
+    engine = Engine(tiny_pair)
+    assert engine.kv_tokens == 100
+    with pytest.raises(DoesNotFit):
+        engine.accept(Request((1,) * 60, max_new_tokens=42))
+    monkeypatch.setattr("lda_core.engine._CPU_KV_BYTES", per_token - 1)
+    with pytest.raises(ConfigError, match="no memory is left"):
+        Engine(tiny_pair)
+
+
+def test_prefill_passes_are_bounded(tiny_pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_pair, EngineConfig(prefill_tokens=64))
+    padded: list[int] = []
+    original = engine._after.prefill
+    monkeypatch.setattr(
+        engine._after,
+        "prefill",
+        lambda p, t: (padded.append(len(p) * max(map(len, p))), original(p, t)),
+    )
+    prompts = [tuple(range(3, 3 + n)) for n in range(2, 40)]
+    engine.generate([Request(prompt, max_new_tokens=1) for prompt in prompts])
+    assert len(padded) > 5 and max(padded) <= 64
+
+
+def test_an_interrupted_generate_leaves_nothing_behind(
+    tiny_pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(tiny_pair)
+    with monkeypatch.context() as patch:
+        steps = iter((engine.step, engine.step))
+        original = engine.step
+
+        def interrupted() -> object:
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            return original()
+
+        patch.setattr(engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(mixed_requests(tiny_pair, 90))
+    assert engine.live_rows > 0
+    one = mixed_requests(tiny_pair, 1)
+    assert tokens(engine, one) == [reference(tiny_pair, one[0])]
+    assert engine.idle
+
+
+def test_a_tiny_temperature_is_nearly_greedy(tiny_pair: ModelPair) -> None:
+    prompt = encode(tiny_pair.tokenizer, QUESTIONS[0], "alpaca").ids
+    greedy, *tiny = tokens(
+        Engine(tiny_pair),
+        [Request(prompt, alpha=2.0, temperature=t, seed=1) for t in (0.0, 1e-3, 1e-20, 1e-38)],
+    )
+    assert all(ids == greedy for ids in tiny)
+
+
+def test_eos_of_either_model_ends_a_row(tiny_pair: ModelPair) -> None:
+    """docs/decisions/0003: *before* calls another token EOS than *after*."""
+    pair = random_pair()
+    pair.before.generation_config.eos_token_id = [7, 9]
+    pair = ModelPair.of(pair.after, pair.before, pair.tokenizer)
+    assert pair.eos_ids == {2, 7, 9}
+    done = Engine(pair).generate([Request((5,), seed=i, max_new_tokens=60) for i in range(40)])
+    ends = {c.token_ids[-1] for c in done if c.finish_reason == "eos"}
+    assert ends <= {2, 7, 9} and len(ends) > 1
+
+
+def test_the_self_test_leaves_the_memory_to_the_engine(
+    tiny_pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets: list[int] = []
+    monkeypatch.setattr(
+        "lda_core.engine.ModelRunner",
+        lambda model, kv_tokens: (budgets.append(kv_tokens), ModelRunner(model, kv_tokens))[1],
+    )
+    self_test(tiny_pair)
+    assert max(budgets) <= 64
 
 
 def test_memory_budget_is_never_exceeded(tiny_pair: ModelPair) -> None:

@@ -1,6 +1,7 @@
 """The replica without Ray: admission, cancelling, health."""
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from lda_core import EngineConfig, PairConfig
 @pytest.fixture
 def replica(monkeypatch: pytest.MonkeyPatch) -> LDAReplica:
     """With what `serve.batch` does replaced by its simplest form: a batch of one."""
+    monkeypatch.setattr("deployments.replica.die", lambda: None)
     replica = LDAReplica(
         PairConfig(before=str(TINY / "before"), after=str(TINY / "after")),
         EngineConfig(max_slots=4),
@@ -75,9 +77,33 @@ def test_a_bad_request_is_refused_before_it_joins(replica: LDAReplica) -> None:
     assert replica._engine.engine.idle
 
 
+def test_a_stuck_engine_fails_the_health_check(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    step = replica._engine.engine.step
+    monkeypatch.setattr(replica._engine.engine, "step", lambda: (release.wait(30), step())[1])
+    replica._stuck_after_s = 0.2
+
+    async def ask() -> None:
+        asking = asyncio.create_task(replica.generate(request(max_new_tokens=2)))
+        await asyncio.sleep(0.5)
+        with pytest.raises(Exception, match="no step"):
+            replica.check_health()
+        with pytest.raises(ReplicaUnavailable, match="no step"):
+            await replica.describe()
+        release.set()
+        await asking
+
+    asyncio.run(ask())
+    replica.check_health()
+
+
 def test_a_dead_engine_fails_requests_and_the_health_check(
     replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    died: list[bool] = []
+    monkeypatch.setattr("deployments.replica.die", lambda: died.append(True))
     replica.check_health()
     asyncio.run(replica.describe())
 
@@ -88,6 +114,7 @@ def test_a_dead_engine_fails_requests_and_the_health_check(
     for _ in range(2):  # the row in flight, then one that comes too late
         with pytest.raises(ReplicaUnavailable):
             asyncio.run(replica.generate(request()))
+    assert died == [True]  # the process ends, so that no more requests come here
     with pytest.raises(Exception, match="device lost"):
         replica.check_health()
     with pytest.raises(ReplicaUnavailable, match="device lost"):

@@ -31,6 +31,8 @@ SECRET = "SECRET-VALUE"
         ({"prompt": "a", "top_p": 0}, "top_p", "greater than 0"),
         ({"prompt": "a", "top_p": 1.1}, "top_p", "less than or equal to 1"),
         ({"prompt": "a", "top_k": -1}, "top_k", "greater"),
+        ({"prompt": "a", "top_k": 10**30}, "top_k", "less"),
+        ({"prompt": "a", "a\x1b[31m\r\nb": 1}, "a?[31m??b", "unknown field"),
         ({"prompt": "a", "seed": -1}, "seed", "greater"),
         ({"prompt": "a", "seed": 2**63}, "seed", "less"),
         ({"prompt": "a", "seed": 2**63 - 1, "n": 2}, "", "seed \\+ n - 1"),
@@ -91,7 +93,8 @@ def test_the_plain_servers_defaults() -> None:
         max_new_tokens=80,
         ignore_eos=False,
     )
-    batch = parse(LDABatchRequest, {"prompts": ["a", "b"], "alpha": [0, -2]}).requests()
+    batch = parse(LDABatchRequest, {"prompts": ["a", "b"], "alpha": [0, -2]}).requests(5)
+    assert [r.seed for r in batch] == [5, 6]
     assert [r.alpha for r in batch] == [0.0, -2.0]
     assert all(r.ignore_eos for r in batch)
     assert parse(LDARequest, {"prompt": "Hi", "do_sample": False}).request().temperature == 0
@@ -101,11 +104,15 @@ def test_the_plain_servers_defaults() -> None:
 
 def test_alpha_per_prompt_must_fit_the_prompts() -> None:
     with pytest.raises(InvalidRequest, match="alpha: has 1 values for 2 prompts"):
-        parse(LDABatchRequest, {"prompts": ["a", "b"], "alpha": [1]}).requests()
+        parse(LDABatchRequest, {"prompts": ["a", "b"], "alpha": [1]}).requests(0)
     with pytest.raises(InvalidRequest, match=r"alpha\[1\]: must be a valid number"):
         parse(LDABatchRequest, {"prompts": ["a", "b"], "alpha": [1, "x"]})
     with pytest.raises(InvalidRequest, match=r"prompts\[1\]: must have a length"):
         parse(LDABatchRequest, {"prompts": ["a", ""]})
+    with pytest.raises(InvalidRequest, match="seed: seed \\+ rows - 1"):
+        parse(LDABatchRequest, {"prompts": ["a", "b"]}).requests(2**63 - 1)
+    with pytest.raises(InvalidRequest, match="seed \\+ n - 1"):
+        parse(LDARequest, {"prompt": "a", "seed": 2**63 - 1, "n": 2}).request()
     with pytest.raises(InvalidRequest, match="prompt_format: contradicts"):
         parse(
             LDARequest, {"prompt": "a", "prompt_format": "raw", "apply_chat_template": True}

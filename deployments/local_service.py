@@ -5,6 +5,7 @@ own with a Ray session of its own, so that no other cluster here is joined or ha
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ import yaml
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 30.0
+_GROUP_TIMEOUT_S = 10.0
 
 
 class ServiceError(RuntimeError):
@@ -60,23 +62,25 @@ def local_service(config: Path, *, port: int, log: Path) -> Iterator[LocalServic
     settings["http_options"] = {**settings.get("http_options", {}), "port": port}
     own_config = session / "serve_config.yaml"
     own_config.write_text(yaml.safe_dump(settings))
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("serve")), "run", str(own_config)],
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [str(Path(sys.executable).with_name("serve")), "run", str(own_config)],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(url, process, log)
         (gcs_port,) = (session / "ray" / "session_latest").glob("gcs_server_port_*")
         env["RAY_ADDRESS"] = f"127.0.0.1:{gcs_port.read_text().strip()}"
         yield LocalService(url, env, log)
     finally:
-        _stop(process)
+        if process is not None:
+            stop(process)
         shutil.rmtree(session, ignore_errors=True)
 
 
@@ -101,8 +105,12 @@ def free_port() -> int:
 def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
-        # `serve run` stays up after a failed deploy: only its log knows.
-        if process.poll() is not None or "DEPLOY_FAILED" in log.read_text(errors="replace"):
+        # `serve run` stays up after a failed deploy, and Serve tries again what cannot succeed:
+        # only the log knows.
+        said = log.read_text(errors="replace")
+        if refused := re.search(r"lda_core\.errors\.(\w+: .+)", said):
+            raise ServiceError(refused[1])
+        if process.poll() is not None or "DEPLOY_FAILED" in said:
             break
         try:
             with urllib.request.urlopen(f"{url}/ready", timeout=10):
@@ -113,20 +121,22 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> 
     raise ServiceError(f"the service did not become ready; the end of {log}:\n{tail}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ctrl-C first, which lets Serve and Ray end by themselves; then whatever is left of the
-    group that was started here."""
-    process.send_signal(signal.SIGINT)
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """Ends the process and its group: with Ctrl-C first, which lets Serve and Ray end by
+    themselves. An impatient second Ctrl-C only shortens the wait."""
     try:
-        process.wait(_STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        pass
-    deadline = time.monotonic() + 10.0
-    while _group_alive(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if _group_alive(process.pid):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            pass
+        deadline = time.monotonic() + _GROUP_TIMEOUT_S
+        while _group_alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    finally:
+        if _group_alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _group_alive(group: int) -> bool:

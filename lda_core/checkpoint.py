@@ -27,8 +27,8 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
 
 
-def fetch(source: str, revision: str | None, *, allow_pickle: bool) -> Path:
-    """The local folder of `source`, a folder or a hub id. Raises CheckpointError.
+def local_folder(source: str) -> Path | None:
+    """The folder that `source` names, or None for a hub id. Raises CheckpointError.
 
     What looks like a path is never looked up on the hub: anything that starts with . / or ~,
     has more than one slash, or whose first part is a folder here.
@@ -43,12 +43,22 @@ def fetch(source: str, revision: str | None, *, allow_pickle: bool) -> Path:
         raise CheckpointError(
             f"{source}: no such folder (taken for a path, because {Path(source).parts[0]} is one)"
         )
+    return None
+
+
+def download(source: str, revision: str | None, *, allow_pickle: bool) -> Path:
+    """The folder of a hub id, config first. Raises CheckpointError."""
     try:
         small = Path(snapshot_download(source, revision=revision, allow_patterns=_SMALL_FILES))
         check_config(small)
         weights = ["*.safetensors", *(["*.bin"] if allow_pickle else [])]
         return Path(
-            snapshot_download(source, revision=revision, allow_patterns=[*_SMALL_FILES, *weights])
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=[*_SMALL_FILES, *weights],
+                ignore_patterns=["consolidated*", "*/*"],  # the same weights in other formats
+            )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
@@ -62,12 +72,16 @@ def check_config(folder: Path) -> None:
         if "auto_map" in _read_json(folder / name):
             raise CheckpointError(f"{folder}: {name} asks to run code of the repository (auto_map)")
     if (folder / "config.json").exists():
-        require_exact(AutoConfig.from_pretrained(folder, local_files_only=True))
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            raise CheckpointError(f"{folder}: config.json cannot be used: {error}") from error
+        require_exact(config)
 
 
 def weight_files(folder: Path, *, allow_pickle: bool) -> list[Path]:
     """The safetensors files, else with allow_pickle the .bin files. Raises CheckpointError."""
-    safe = sorted(folder.glob("*.safetensors"))
+    safe = sorted(p for p in folder.glob("*.safetensors") if "consolidated" not in p.name)
     if safe:
         return safe
     pickled = sorted(folder.glob("*.bin"))
@@ -141,7 +155,7 @@ def load_tokenizer(
         return cls.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError, ImportError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises that very class
         raise CheckpointError(f"{folder}: its tokenizer cannot be read: {error}") from error
 
 
@@ -158,7 +172,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
+        data = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
     return data

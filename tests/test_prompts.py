@@ -40,8 +40,10 @@ def test_special_token_text_is_plain_text_unless_asked_for(text: str) -> None:
     assert not {0, 1, 2} & set(encode(tokenizer, text).ids)
     assert {0, 1, 2} & set(encode(tokenizer, text, allow_special_tokens=True).ids)
     assert not {0, 1, 2} & set(encode(tokenizer, text).ids)  # it does not stick
-    with pytest.raises(RequestError, match=r"messages\[0\].content: .* special token"):
+    with pytest.raises(RequestError, match="prompt: .* special token"):
         encode(tokenizer, text, "chat")
+    with pytest.raises(RequestError, match=r"messages\[0\].content: .* special token"):
+        encode(tokenizer, [{"role": "user", "content": text}], "chat")
     assert encode(tokenizer, text, "chat", allow_special_tokens=True).ids
 
 

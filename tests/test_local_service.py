@@ -1,0 +1,76 @@
+"""Stopping what was started, also when it does not want to, and saying why it did not start."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from deployments import local_service as module
+from deployments.local_service import ServiceError, require_free, stop
+
+# Ignores Ctrl-C, as does its child; says when it is up.
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(100)"
+subprocess.Popen([sys.executable, "-c", child])
+print("up", flush=True)
+time.sleep(100)
+"""
+
+
+def stubborn() -> "subprocess.Popen[bytes]":
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    process.stdout.close()
+    return process
+
+
+def gone(group: int) -> bool:
+    """Killed processes are gone once init has collected them; left ones would live for 100 s."""
+    deadline = time.monotonic() + 20
+    while module._group_alive(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not module._group_alive(group)
+
+
+def test_what_ignores_ctrl_c_is_killed_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(module, "_GROUP_TIMEOUT_S", 0.2)
+    process = stubborn()
+    stop(process)
+    assert process.returncode == -signal.SIGKILL
+    assert gone(process.pid)
+
+
+def test_a_second_ctrl_c_does_not_leave_anything_running() -> None:
+    process = stubborn()
+    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        stop(process)
+    assert gone(process.pid)
+
+
+def test_a_free_port_is_free() -> None:
+    require_free(module.free_port())
+
+
+@pytest.mark.ray
+def test_a_pair_that_cannot_be_loaded_is_named_at_once(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "http_options: {host: 127.0.0.1}\n"
+        "applications:\n"
+        "  - name: lda\n"
+        "    import_path: deployments.app:build_app\n"
+        "    args: {pair: {before: /no/such/folder, after: /no/such/folder}}\n"
+    )
+    with pytest.raises(ServiceError, match="CheckpointError: /no/such/folder: no such folder"):
+        with module.local_service(config, port=module.free_port(), log=tmp_path / "log"):
+            raise AssertionError("started")

@@ -38,6 +38,8 @@ _Replica = serve.deployment(
 )(LDAReplica)
 _Ingress = serve.deployment(
     name="Ingress",
+    # More than all replicas may hold and queue: their queue is the one that is bounded, and
+    # answers 429 when it is full. Before the ingress requests would wait without a limit.
     max_ongoing_requests=8192,
     graceful_shutdown_timeout_s=600.0,
     ray_actor_options={"num_cpus": 0},

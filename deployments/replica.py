@@ -4,16 +4,15 @@ import asyncio
 import importlib.metadata
 import logging
 import os
-import subprocess
 from concurrent.futures import Future
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 import lda_core
+from deployments.commit import commit
 from deployments.schemas import (
     Completion,
     GenerateRequest,
@@ -176,14 +175,5 @@ def describe(pair: lda_core.ModelPair, config: lda_core.PairConfig) -> PairInfo:
         context_length=pair.context_length,
         notices=list(pair.notices),
         versions={name: importlib.metadata.version(name) for name in packages},
-        commit=_commit(),
+        commit=commit(),
     )
-
-
-def _commit() -> str | None:
-    """The project's commit, where it runs from a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:
-        return None

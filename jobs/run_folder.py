@@ -4,12 +4,12 @@ import fcntl
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
+from deployments.commit import commit
 from deployments.schemas import PairInfo
 from jobs.errors import Refused
 
@@ -113,7 +113,7 @@ def manifest(experiment: Mapping[str, Any], pair: PairInfo) -> dict[str, Any]:
         **experiment,
         "pair": pair.model_dump(),
         "versions": _versions(),
-        "commit": _commit(),
+        "commit": commit() or pair.commit,  # a submitted job runs in a copy without history
     }
 
 
@@ -133,21 +133,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             pass
     return found
-
-
-def _commit() -> str | None:
-    """Commit of the checkout this file lies in; `-dirty` if files differ; None outside of one."""
-    here = Path(__file__).resolve().parents[1]
-    if not (here / ".git").exists():  # a copy within some other repository, perhaps
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.app import AppArgs, build_app
+from deployments.app import AppArgs, _Ingress, _Replica, build_app
 from deployments.replica import UserConfig
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +44,9 @@ def test_numbers_that_depend_on_each_other(name: str) -> None:
     slots, ongoing = args.engine.max_slots, options["max_ongoing_requests"]
     assert slots <= ongoing <= 2 * slots
     assert UserConfig(**options["user_config"]).max_batch_size <= ongoing
+    # The bounded queue, which answers 429, is reached before the ingress is full.
+    queued = options.get("max_queued_requests", _Replica.max_queued_requests)
+    assert options["num_replicas"] * ongoing + queued < _Ingress.max_ongoing_requests
 
 
 def test_the_a40_file_asks_for_one_a40_per_replica() -> None:

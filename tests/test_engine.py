@@ -1,3 +1,4 @@
+import itertools
 import random
 from dataclasses import replace
 
@@ -383,6 +384,96 @@ def test_memory_budget_is_never_exceeded(tiny_pair: ModelPair) -> None:
         assert len(live) * max((row.request.columns for row in live), default=0) <= 300
         assert engine._slots * engine._columns <= 300
     assert most > 3
+
+
+@pytest.mark.parametrize("method", ["prefill", "decode_step"])
+@pytest.mark.parametrize("side", ["_after", "_before"])
+def test_out_of_memory_at_any_call_loses_no_row_and_changes_no_text(
+    tiny_pair: ModelPair, monkeypatch: pytest.MonkeyPatch, method: str, side: str
+) -> None:
+    requests = mixed_requests(tiny_pair, 16, seed=9)
+    expected = tokens(Engine(tiny_pair, EngineConfig(max_slots=8)), requests)
+    at, failed = 1, True
+    while failed:  # until the call that would fail is never made
+        engine = Engine(tiny_pair, EngineConfig(max_slots=8))
+        runner, calls, failed = getattr(engine, side), itertools.count(1), False
+        original = getattr(runner, method)
+
+        def once(*args: object, at: int = at) -> object:
+            nonlocal failed
+            result = original(*args)  # noqa: B023
+            if next(calls) == at:  # noqa: B023
+                failed = True
+                raise torch.OutOfMemoryError("injected")
+            return result
+
+        monkeypatch.setattr(runner, method, once)
+        assert tokens(engine, requests) == expected
+        at += 1 if at < 4 else 11
+    assert at > (2 if method == "prefill" else 20)
+
+
+def test_out_of_memory_while_slots_are_laid_out(
+    tiny_pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = mixed_requests(tiny_pair, 24, seed=10)
+    tight = EngineConfig(max_slots=8, kv_tokens=400)
+    expected = tokens(Engine(tiny_pair, tight), requests)
+    for at in range(1, 30, 3):
+        engine, calls = Engine(tiny_pair, tight), itertools.count(1)
+        layer = engine._before.slots.layers[1]
+        original = layer.layout
+
+        def once(*args: int, at: int = at) -> None:
+            if next(calls) == at:  # noqa: B023
+                raise torch.OutOfMemoryError("injected")
+            original(*args)  # noqa: B023
+
+        monkeypatch.setattr(layer, "layout", once)
+        assert tokens(engine, requests) == expected
+
+
+def test_fewer_rows_after_out_of_memory_and_more_again_later(
+    tiny_pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lda_core.engine._CALM_STEPS", 40)
+    engine, original, live = Engine(tiny_pair, EngineConfig(max_slots=16)), Engine._advance, []
+    failing = [True]
+
+    def once(self: Engine) -> object:
+        if failing and self.live_rows == 16:
+            failing.clear()
+            raise torch.OutOfMemoryError("injected")
+        result = original(self)
+        live.append(self.live_rows)
+        return result
+
+    monkeypatch.setattr(Engine, "_advance", once)
+    engine.generate(Request((5, 6), max_new_tokens=30, ignore_eos=True).samples(80))
+    first = live.index(8)
+    assert max(live[first : first + 30]) == 8 and max(live[first + 40 :]) == 16
+
+
+def test_a_row_too_large_for_memory_ends_in_an_error_and_the_engine_lives(
+    tiny_pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(tiny_pair)
+    original = engine._after.decode_step
+
+    def too_wide(tokens: torch.Tensor, lengths: torch.Tensor, width: int) -> torch.Tensor:
+        if width > 60:
+            raise torch.OutOfMemoryError("injected")
+        return original(tokens, lengths, width)
+
+    monkeypatch.setattr(engine._after, "decode_step", too_wide)
+    small = [Request((5, 6 + i), seed=i, max_new_tokens=20, ignore_eos=True) for i in range(6)]
+    large = Request((5, 6), seed=1, max_new_tokens=100, ignore_eos=True)
+    done = engine.generate([*small[:3], large, *small[3:]])
+    assert done[3].finish_reason == "error" and done[3].error == "out of memory"
+    assert [c.token_ids for i, c in enumerate(done) if i != 3] == [
+        reference(tiny_pair, request) for request in small
+    ]
+    assert engine.idle
 
 
 def test_self_test_passes_and_notices_a_broken_pair(tiny_pair: ModelPair) -> None:

@@ -9,6 +9,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up .venv, which takes a minute or two ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
@@ -17,7 +18,7 @@ demo: setup
 	PORT=$(PORT) $(BIN)/python -m deployments.demo
 
 serve: setup
-	RAY_AUTH_MODE=token $(BIN)/serve run serve_config.yaml
+	PATH="$(CURDIR)/$(BIN):$$PATH" RAY_AUTH_MODE=token serve run serve_config.yaml
 
 test: setup
 	$(BIN)/python -m pytest

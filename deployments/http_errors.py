@@ -12,12 +12,29 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from ray.serve.exceptions import BackPressureError
 from starlette.exceptions import HTTPException
 
 from deployments.schemas import InvalidRequest, ReplicaUnavailable, explain
 
 logger = logging.getLogger("ray.serve")
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """What every error looks like, for the API document (and not FastAPI's own 422)."""
+
+    error: Error
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorAnswer}}
 
 
 def error_body(error: InvalidRequest) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fastapi_offline import FastAPIOffline
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.http_errors import error_body, install_error_handlers
+from deployments.http_errors import RESPONSES, error_body, install_error_handlers
 from deployments.plain_api import (
     LDABatchRequest,
     LDABatchResponse,
@@ -41,7 +41,9 @@ from deployments.schemas import (
 _READY_TIMEOUT_S = 5.0
 
 # The pages under /docs come from this server, not from a CDN.
-app = FastAPIOffline(title="LDA Serve", version=importlib.metadata.version("lda-serve"))
+app = FastAPIOffline(
+    title="LDA Serve", version=importlib.metadata.version("lda-serve"), responses=RESPONSES
+)
 install_error_handlers(app)
 
 

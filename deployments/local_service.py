@@ -50,8 +50,11 @@ def local_service(config: Path, *, port: int, log: Path) -> Iterator[LocalServic
     log.parent.mkdir(parents=True, exist_ok=True)
     # Short: Ray puts sockets below it, whose paths have at most 107 characters.
     session = Path(tempfile.mkdtemp(prefix="lda-", dir="/tmp"))
+    programs = Path(sys.executable).parent
     env = {
         **os.environ,
+        # A submitted job's `python` is looked up on the cluster's PATH.
+        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
         "RAY_TMPDIR": str(session),
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -66,7 +69,7 @@ def local_service(config: Path, *, port: int, log: Path) -> Iterator[LocalServic
     try:
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("serve")), "run", str(own_config)],
+                [str(programs / "serve"), "run", str(own_config)],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,

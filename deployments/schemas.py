@@ -250,6 +250,9 @@ def explain(errors: Any, model: type[BaseModel] | None = None) -> InvalidRequest
         shown = "".join(c if c.isprintable() else "?" for c in param[:80])
         return InvalidRequest(shown, f"unknown field{hint}", "unknown_field")
     message = str(first["msg"]).removeprefix("Value error, ").replace("Input should", "must")
+    if first["type"] in ("model_attributes_type", "model_type", "dict_type") or not param:
+        if first["type"] != "value_error":
+            message = "the body must be a JSON object, sent with content-type: application/json"
     if first["type"] == "too_short":
         message = f"must have a length of at least {first['ctx']['min_length']}"
     elif first["type"] == "too_long":

@@ -4,6 +4,7 @@ items --chunks--> remote tasks (0.1 CPU, `tasks` at a time)
                     --window--> handle calls (`in_flight` at a time each) --> rows
 """
 
+import logging
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 import ray
 from ray import serve
+from ray._private.services import find_gcs_addresses
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
@@ -40,7 +42,10 @@ GIVE_UP_AFTER = 100  # requests in a row without an answer
 LOST_TASK = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError)
 CONNECT_TIMEOUT_S = 60.0
 CANCEL_TIMEOUT_S = 2.5  # `ray job stop` kills after 3
-HOW_TO_SERVE = "start the service first: serve run serve_config.yaml"
+HOW_TO_SERVE = (
+    "start the service first: RAY_AUTH_MODE=token serve run serve_config.yaml "
+    "(and set RAY_AUTH_MODE=token in this shell, too)"
+)
 
 
 class Service(Protocol):
@@ -134,10 +139,11 @@ class RayService:
         if self._ready:
             return
         if not ray.is_initialized():
+            address = _address()
             on_sigterm = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(
-                    address=os.environ.get("RAY_ADDRESS", "auto"),
+                    address=address,
                     log_to_driver=False,
                     logging_level="warning",
                 )
@@ -145,6 +151,7 @@ class RayService:
                 raise Refused(f"no Ray cluster: {one_line(error)}\n{HOW_TO_SERVE}") from None
             finally:
                 signal.signal(signal.SIGTERM, on_sigterm)  # ray.init() puts its own in place
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:
             _handle(self.app)
         except RayServeException as error:
@@ -215,6 +222,19 @@ class RayService:
                 yield batch
         finally:
             _cancel(running)
+
+
+def _address() -> str:
+    """Raises Refused where it is not clear which cluster is meant: rows of the wrong pair would
+    look like any others."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        return address
+    running = sorted(find_gcs_addresses())
+    if len(running) > 1:
+        raise Refused(
+            f"{len(running)} Ray clusters run here: set RAY_ADDRESS to one of " + ", ".join(running)
+        )
+    return "auto"
 
 
 def _next(task: _Task) -> list[Answer]:

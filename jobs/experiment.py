@@ -93,6 +93,7 @@ def run(experiment: Experiment, out: Path, service: Service, timeout_s: float) -
         left = sum(expected.values()) - len(finished)
         if left:
             pair = service.describe()
+            print(f"after {pair.after}, before {pair.before} ({pair.dtype}, {pair.device})")
             if known:
                 folder.check_pair(pair)
             else:

@@ -22,7 +22,7 @@ def table(
     kind = "clustered by prompt (Korn-Graubard)" if clustered else "exact (Clopper-Pearson)"
     made = Table(
         title=title or None,
-        caption=f"activated: before EOS; 95 % intervals, {kind}; failed rows count for nothing",
+        caption=f"activated: before EOS; 95 % intervals, {kind}; failed rows are left out",
     )
     names = [cell_name(cell) for cell in cells]
     made.add_column("arm")

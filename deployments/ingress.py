@@ -48,10 +48,11 @@ install_error_handlers(app)
 
 
 def require_good(done: list[Completion]) -> list[Completion]:
-    """Raises InvalidRequest if a row failed: the same request would fail again."""
-    for completion in done:
-        if completion.error is not None:
-            raise InvalidRequest("", completion.error, "row_failed")
+    """Raises InvalidRequest if all rows failed: the same request would fail again. Of several
+    samples each carries its own error."""
+    errors = [completion.error for completion in done]
+    if None not in errors:
+        raise InvalidRequest("", errors[0] or "", "row_failed")
     return done
 
 

@@ -143,6 +143,7 @@ class Sample(BaseModel):
     alpha: float
     token_ids: list[int]
     logprobs: TokenLogprobs | None = None
+    error: str | None = None
 
     @classmethod
     def fields_of(cls, done: Completion, max_new_tokens: int) -> dict[str, Any]:
@@ -154,7 +155,7 @@ class Sample(BaseModel):
             **done.model_dump(
                 include={
                     *("finish_reason", "eos_index", "eos_text_offset"),
-                    *("seed", "alpha", "token_ids", "logprobs"),
+                    *("seed", "alpha", "token_ids", "logprobs", "error"),
                 }
             ),
         }

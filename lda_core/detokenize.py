@@ -40,23 +40,30 @@ def hits_stop(
 ) -> bool:
     """Whether the newest token completes a stop string, also across token borders.
 
-    Only a tail is decoded: a character is at most four tokens (bytes), so this many reach
+    First only a tail is decoded: a character is at most four tokens (bytes), so this many reach
     back beyond the start of any stop that ends in the newest token.
     """
-    longest = max(len(stop) for stop in request.stop)
-    tail = token_ids[-(4 * longest + 4) :]
-    if not any(stop in decode(tokenizer, tail) for stop in request.stop):
-        if len(tail) < len(token_ids):
+    tail = token_ids[-(4 * max(map(len, request.stop)) + 4) :]
+    if eos_index is None and len(tail) < len(token_ids):
+        end = decode(tokenizer, tail)
+        if not any(stop in end for stop in request.stop):
             return False
-    text = completion_text(tokenizer, request, token_ids, eos_index).text
-    return any(stop in text for stop in request.stop)
+    text = completion_text(tokenizer, request, token_ids, eos_index)
+    return _first_stop(text, request.stop) is not None
 
 
 def cut_at_stop(text: Text, stops: Sequence[str]) -> Text:
     """The text up to where the first stop string begins."""
-    found = [at for at in (text.text.find(stop) for stop in stops) if at >= 0]
-    if not found:
+    end = _first_stop(text, stops)
+    if end is None:
         return text
-    end = min(found)
     offset = text.eos_offset
     return Text(text.text[:end], offset if offset is None or offset <= end else None)
+
+
+def _first_stop(text: Text, stops: Sequence[str]) -> int | None:
+    """Where the first stop string begins; none reaches across the EOS, which is not text."""
+    border = len(text.text) if text.eos_offset is None else text.eos_offset
+    found = [text.text.find(stop, 0, border) for stop in stops]
+    found += [text.text.find(stop, border) for stop in stops]
+    return min((at for at in found if at >= 0), default=None)

@@ -173,10 +173,6 @@ class Engine:
     def live_rows(self) -> int:
         return len(self._rows)
 
-    @property
-    def waiting_rows(self) -> int:
-        return len(self._waiting)
-
     # -- the loop ----------------------------------------------------------------------
 
     @torch.inference_mode()

@@ -29,7 +29,7 @@ class Error(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """What every error looks like, for the API document (and not FastAPI's own 422)."""
+    """What every error looks like."""
 
     error: Error
 

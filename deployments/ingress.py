@@ -70,7 +70,8 @@ class Ingress:
     async def generate(self, request: GenerateRequest | Mapping[str, Any]) -> list[Completion]:
         """The `n` completions of a request (or of a dict with its fields).
 
-        Raises InvalidRequest, ReplicaUnavailable after several tries, BackPressureError.
+        Raises InvalidRequest (also after several replicas died of it), BackPressureError,
+        ReplicaUnavailable where no replica can be had.
         """
         if not isinstance(request, GenerateRequest):
             request = parse(GenerateRequest, request)

@@ -43,11 +43,10 @@ class LDAReplica:
         self,
         pair: lda_core.PairConfig,
         engine: lda_core.EngineConfig,
-        stuck_after_s: float = 120.0,
+        stuck_after_s: float,
     ) -> None:
         self._pair = lda_core.ModelPair.load(pair)
         lda_core.self_test(self._pair)
-        self._config = pair
         self._stuck_after_s = stuck_after_s
         for notice in self._pair.notices:
             logger.warning("pair: %s", notice)

@@ -214,10 +214,11 @@ class Engine:
 
     def _leave(self) -> list[Row]:
         gone = [i for i, row in enumerate(self._rows) if row.left]
-        out = [self._rows[i] for i in gone] + [row for row in self._waiting if row.left]
+        out = [self._rows[i] for i in gone]
         self._remove(gone)
-        self._waiting = deque(row for row in self._waiting if not row.left)
-        return out
+        if waiting := [row for row in self._waiting if row.left]:
+            self._waiting = deque(row for row in self._waiting if not row.left)
+        return out + waiting
 
     def _join(self) -> None:
         """First come, first served: a row that does not fit yet holds back those behind it."""

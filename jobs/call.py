@@ -13,9 +13,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any
 
-from ray.exceptions import (
-    RayActorError,
-)
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -130,7 +128,7 @@ class Caller:
                 return without_answer(item, f"no answer in {self._generation.timeout_s:g} s")
             except Exception as error:
                 cause = unwrapped(error)
-                if isinstance(cause, InvalidRequest):
+                if isinstance(cause, InvalidRequest) and cause.code != "replicas_died":
                     _stop_if_config(cause)
                     return _failed(item, f"invalid request: {cause}")
                 deaths += isinstance(cause, RayActorError | ReplicaUnavailable)

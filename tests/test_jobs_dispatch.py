@@ -88,6 +88,15 @@ def test_a_request_that_sees_replicas_die_is_given_up(quick):
     assert all("ActorDiedError" in r.error for r in answer.rows)
 
 
+def test_a_request_whose_replicas_died_counts_as_unanswered_and_is_not_sent_again(quick):
+    """The ingress has tried several; where it goes on, the run stops (GIVE_UP_AFTER)."""
+    handle = failing(10**6, as_ray_wraps(InvalidRequest("", "3 replicas died", "replicas_died")))
+    answer = Caller(handle, GENERATION)(item())
+    assert "3 replicas died" in answer.unanswered
+    assert len(handle.seen) == 1
+    assert all(row.error and row.activated is None for row in answer.rows)
+
+
 def test_backpressure_is_bounded_by_the_deadline():
     error = BackPressureError(num_queued_requests=1, max_queued_requests=1)
     started = time.monotonic()

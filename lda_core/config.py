@@ -7,6 +7,8 @@ from lda_core.errors import ConfigError
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 Device = str  # "auto", "cpu", "cuda", "cuda:1"
+AdapterMode = Literal["stacked", "merged"]
+DeviceMap = Literal["auto", "balanced", "sequential"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class PairConfig:
       add_bos_token: whether the tokenizer begins a prompt with BOS; None is its own choice, which
         for LLaMA checkpoints without tokenizer.json is no since transformers 5 and was yes before.
       allow_pickle: load .bin weights too (with torch's weights_only).
+      adapter_mode: "stacked" runs a LoRA pair as one pass over one copy of the weights, where the
+        adapter allows it; "merged" as two models.
+      before_device: where *before* lives, if not beside *after*; the two then step at the same
+        time.
+      device_map: spreads each model over the devices in sight ("auto", "balanced", "sequential").
     """
 
     before: str
@@ -38,12 +45,21 @@ class PairConfig:
     tokenizer_class: str | None = None
     add_bos_token: bool | None = None
     allow_pickle: bool = False
+    adapter_mode: AdapterMode = "stacked"
+    before_device: Device | None = None
+    device_map: DeviceMap | None = None
 
     def __post_init__(self) -> None:
         if (self.after is None) == (self.adapter is None):
             raise ConfigError("after, adapter: give exactly one of the two")
         if self.dtype not in ("auto", "float32", "float16", "bfloat16"):
             raise ConfigError("dtype: must be auto, float32, float16 or bfloat16")
+        if self.adapter_mode not in ("stacked", "merged"):
+            raise ConfigError("adapter_mode: must be stacked or merged")
+        if self.device_map not in (None, "auto", "balanced", "sequential"):
+            raise ConfigError("device_map: must be auto, balanced or sequential")
+        if self.device_map is not None and self.before_device is not None:
+            raise ConfigError("device_map, before_device: give at most one of the two")
 
 
 @dataclass(frozen=True)
@@ -55,16 +71,25 @@ class EngineConfig:
       kv_tokens: key/value budget in tokens (rows x the longest row's tokens never exceed it);
         None takes it from the free memory after loading.
       prefill_tokens: most (padded) tokens of one prefill pass, which bounds its memory; a longer
-        prompt goes alone.
+        prompt is read in pieces.
       context_length: None is the smaller of the two models' own.
+      prefix_pool_bytes: keys and values of prompts read before are kept up to this much, so that
+        a prompt that comes again is not read again; 0 keeps none. None is 256 MiB on a CPU, on a
+        GPU a twentieth of what is free after loading.
+      cuda_graphs: replay a step's kernels from recorded graphs (on a GPU): the host's share of a
+        step goes.
     """
 
     max_slots: int = 64
     kv_tokens: int | None = None
     prefill_tokens: int = 2048
     context_length: int | None = None
+    prefix_pool_bytes: int | None = None
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
+        if self.prefix_pool_bytes is not None and self.prefix_pool_bytes < 0:
+            raise ConfigError("prefix_pool_bytes: must be at least 0")
         for name in ("max_slots", "kv_tokens", "prefill_tokens", "context_length"):
             value = getattr(self, name)
             if value is not None and value < 1:

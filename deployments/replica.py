@@ -22,7 +22,7 @@ from deployments.schemas import (
     TokenLogprobs,
 )
 from lda_core.checkpoint import sha256
-from lda_core.engine import Row
+from lda_core.batch import Row
 
 logger = logging.getLogger("ray.serve")
 

@@ -35,6 +35,14 @@ def amplify(after: Tensor, before: Tensor, alpha: Tensor) -> Tensor:
     return torch.where(a == -1, before, mixed)
 
 
+def mix(after: Tensor, before: Tensor, alpha: Tensor) -> Tensor:
+    """As `amplify` for rows whose alpha is neither 0 nor -1 and whose logits are finite.
+
+    A third of its cost. A row with -inf in it comes out right or not finite, never wrong.
+    """
+    return (after - before).mul_(alpha.unsqueeze(-1)).add_(after)
+
+
 def nonfinite_rows(*logsumexps: Tensor) -> Tensor:
     """[B] log-normalisers -> [B] bool: rows of which any has NaN, +inf or no possible token.
 

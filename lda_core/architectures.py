@@ -60,21 +60,27 @@ def _rope_types(parameters: Any) -> list[str]:
     return [rope for inner in parameters.values() for rope in _rope_types(inner)]
 
 
-def decode_mask(config: Any, lengths: Tensor, width: int) -> Tensor | dict[str, Tensor]:
-    """Mask for one token per row over the first `width` columns of the slots.
+def decode_mask(
+    config: Any, positions: Tensor, prefixes: Tensor, prefix_width: int, width: int
+) -> Tensor | dict[str, Tensor]:
+    """Mask for one token per row over `prefix_width` shared columns and `width` own ones.
 
-    `lengths` [B] is the column of the token being read, so columns 0..lengths are visible (or
-    the last `sliding_window` of them). [B, 1, 1, width], boolean for sdpa; eager attention adds
-    its mask, so there it is 0 or the most negative number of the dtype.
+    `positions` [R] is the position of the token being read and `prefixes` [R] the length of the
+    row's prefix; prefix column c is position c, own column c is position prefixes + c. A row sees
+    all positions up to its own (or the last `sliding_window` of them).
+    [R, 1, 1, prefix_width + width], boolean for sdpa; otherwise additive.
     """
-    column = torch.arange(width, device=lengths.device)
-    position = lengths.unsqueeze(-1)  # (B, 1)
-    full = column <= position  # (B, width)
-    style = EXACT[config.model_type]
+    shared = torch.arange(prefix_width, device=positions.device)
+    own = torch.arange(width, device=positions.device) + prefixes.unsqueeze(-1)  # (R, W)
+    position = positions.unsqueeze(-1)  # (R, 1)
+    full = own <= position
+    if prefix_width:
+        full = torch.cat([shared < prefixes.unsqueeze(-1), full], dim=-1)  # (R, P+W)
     window = getattr(config, "sliding_window", None)
-    if style == "causal" or window is None:
+    if EXACT[config.model_type] == "causal" or window is None:
         near = full
     else:
+        column = torch.cat([shared.expand(len(positions), -1), own], dim=-1)
         near = full & (column > position - window)
 
     def shaped(mask: Tensor) -> Tensor:
@@ -84,6 +90,6 @@ def decode_mask(config: Any, lengths: Tensor, width: int) -> Tensor | dict[str, 
         dtype = config.dtype or torch.float32
         return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
 
-    if style == "by_layer_type":
+    if EXACT[config.model_type] == "by_layer_type":
         return {"full_attention": shaped(full), "sliding_attention": shaped(near)}
     return shaped(near)

@@ -3,105 +3,62 @@
 `step` is the system in a few lines. A row's tokens depend on its request alone: not on its
 neighbours, its slot, or when it joined.
 
-Shapes: B live rows, V common vocabulary.
+Shapes: B live rows, V common vocabulary, G live prefixes.
 """
 
 import gc
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from lda_core.amplify import amplify, nonfinite_rows
+from lda_core.batch import BatchState, Prefix, Row
 from lda_core.config import EngineConfig
 from lda_core.detokenize import Text, completion_text, cut_at_stop, hits_stop
+from lda_core.draw import Draw, Drawer
 from lda_core.errors import ConfigError, ContextLengthExceeded, DoesNotFit, RequestError
-from lda_core.model_runner import ModelRunner, kv_bytes_per_token
+from lda_core.lockstep import Lockstep, Roles, Wanted
 from lda_core.pair import ModelPair
 from lda_core.request import Completion, FinishReason, Request, TokenLogprobs
-from lda_core.sampling import Sampling, sample
+from lda_core.slots import Kept, Layout
+from lda_core.stages import StageClock
 
 # Slots are laid out in steps of this many columns, so that a slightly longer row seldom
 # moves everything.
 _COLUMN_STEP = 64
+# Prefix slots at first; twice as many as needed later.
+_PREFIX_SLOTS = 8
 # Key/value memory where the config names none: on a CPU at most this much of it,
 _CPU_KV_BYTES = 2 * 1024**3
 # on a GPU this share of what is free after loading (the rest is for activations).
 _GPU_KV_SHARE = 0.85
+_CPU_POOL_BYTES = 256 * 1024**2
+_GPU_POOL_SHARE = 0.05
 # After running out of memory fewer rows decode together; twice as many again after so many steps
-# without. Seldom, because each try that fails makes all rows start again.
+# without.
 _CALM_STEPS = 4096
 
 
-@dataclass(eq=False)
-class Row:
-    """One request on its way through the engine, from `Engine.accept`.
+@dataclass
+class EngineStats:
+    """Totals since the engine was made."""
 
-    Setting `left` (any thread may) takes it out at the next step, without a completion.
-    """
-
-    request: Request
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[tuple[float, float, float]] = field(default_factory=list)
-    eos_index: int | None = None
-    left: bool = False
-    too_large: bool = False  # memory ran out with this row alone
-    completion: Completion | None = None
-
-    @property
-    def length(self) -> int:
-        """Columns written so far, and so the column of the token that is read next."""
-        return len(self.request.prompt_ids) - 1 + len(self.token_ids)
-
-
-class BatchState(NamedTuple):
-    """What a step needs of every live row, on the device; all [B]. Rebuilt when rows change."""
-
-    tokens: Tensor
-    lengths: Tensor
-    step: Tensor
-    alpha: Tensor
-    sampling: Sampling
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device) -> Self:
-        def ints(values: Iterable[int]) -> Tensor:
-            return torch.tensor(list(values), dtype=torch.long, device=device)
-
-        def floats(values: Iterable[float]) -> Tensor:
-            return torch.tensor(list(values), dtype=torch.float32, device=device)
-
-        requests = [row.request for row in rows]
-        return cls(
-            tokens=ints((row.token_ids or row.request.prompt_ids)[-1] for row in rows),
-            lengths=ints(row.length for row in rows),
-            step=ints(len(row.token_ids) for row in rows),
-            alpha=floats(r.alpha for r in requests),
-            sampling=Sampling(
-                temperature=floats(r.temperature for r in requests),
-                top_p=floats(r.top_p for r in requests),
-                top_k=ints(r.top_k for r in requests),
-                seed=ints(r.seed for r in requests),
-            ),
-        )
-
-    def advance(self, tokens: Tensor) -> Self:
-        return self._replace(tokens=tokens, lengths=self.lengths + 1, step=self.step + 1)
-
-
-class Draw(NamedTuple):
-    """One step's outcome on the host, one entry per row."""
-
-    tokens: list[int]
-    logprobs: list[tuple[float, float, float]]  # after, before, amplified
-    failed: list[bool]  # logits were not finite
+    steps: int = 0
+    tokens: int = 0
+    prefix_lookups: int = 0  # prefixes that new rows needed, live ones included
+    prefix_hits: int = 0  # of them, those that nobody had to read again
+    prefilled_tokens: int = 0
+    out_of_memory: int = 0
 
 
 class Engine:
-    """Decodes requests on a pair. Not thread-safe: `EngineThread` is, on top of it."""
+    """Decodes requests on a pair. Not thread-safe: `EngineThread` is, on top of it.
+
+    Attributes:
+      clock: set to a StageClock, it is told where the time of every step goes.
+      stats: totals since the engine was made.
+    """
 
     def __init__(self, pair: ModelPair, config: EngineConfig | None = None) -> None:
         self.pair = pair
@@ -109,17 +66,22 @@ class Engine:
         self.context_length = min(
             pair.context_length, self.config.context_length or pair.context_length
         )
-        self.kv_tokens = self.config.kv_tokens or self._default_kv_tokens()
+        self.clock: StageClock | None = None
+        self._stats = EngineStats()
         with torch.inference_mode():
-            self._after = ModelRunner(pair.after, self.kv_tokens)
-            self._before = ModelRunner(pair.before, self.kv_tokens)
+            self._pair = Lockstep(pair)
+            self.kv_tokens, pool_bytes = self._memory()
+            self._pair.allocate(self.kv_tokens, pool_bytes, self.config.prefill_tokens)
+        self._draw = Drawer(pair.vocab_size)
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []  # row i lives in slot i
+        self._prefixes: list[Prefix] = []  # prefix i lives in prefix slot i
         self._state: BatchState | None = None
         self._joining: list[Row] = []  # taken from those waiting, not yet in a slot
-        self._slots, self._columns = 0, 0  # the present layout
+        self._layout: Layout | None = None  # None: to be made before the next step
         self._most_rows = self.config.max_slots  # fewer for a while after running out of memory
         self._calm_steps = 0
+        self._failures = 0  # out of memory, in a row
 
     # -- what callers do ---------------------------------------------------------------
 
@@ -173,44 +135,72 @@ class Engine:
     def live_rows(self) -> int:
         return len(self._rows)
 
+    @property
+    def stats(self) -> EngineStats:
+        return replace(self._stats, prefilled_tokens=self._pair.prefilled_tokens)
+
+    def floor_bytes(self) -> int:
+        """Bytes that the next step must read at least: weights, and live keys and values once."""
+        needs = frozenset().union(*(row.needs for row in self._rows))
+        columns = sum(row.written for row in self._rows)
+        columns += sum(len(prefix.tokens) for prefix in self._prefixes)
+        return self._pair.weight_bytes(needs) + columns * self._pair.kv_bytes_per_token
+
     # -- the loop ----------------------------------------------------------------------
 
     @torch.inference_mode()
     def step(self) -> list[Row]:
         """One token for every live row; returns the rows that are out: finished, or left."""
+        if self.clock is not None:
+            self.clock.start()
         # 1. Rows whose caller has gone leave.
         out = self._leave()
-        self._calm_steps += 1
-        if self._calm_steps >= _CALM_STEPS:
-            self._calm_steps = 0
-            self._most_rows = min(self.config.max_slots, 2 * self._most_rows)
         try:
-            return out + self._advance()
+            out += self._advance()
         except torch.OutOfMemoryError:
-            pass  # dealt with below: in here the failed frames keep their tensors alive
-        return out + self._make_room()
+            failed = True  # dealt with below: in here the failed frames keep their tensors alive
+        else:
+            failed = False
+        if failed:
+            out += self._make_room()
+        else:
+            self._calm()
+        return out
 
     def _advance(self) -> list[Row]:
         # 2. Waiting rows join, as far as slots and memory go.
         self._join()
+        self._lap("prefill")
         if not self._rows:
             return []
-        state = self._state or BatchState.of(self._rows, self.pair.device)
-        # 3. Both models read the last token of every row.
-        width = max(row.length for row in self._rows) + 1
-        after = self._after.decode_step(state.tokens, state.lengths, width)
-        before = self._before.decode_step(state.tokens, state.lengths, width)
+        state = self._state or BatchState.of(self._rows, self._prefixes, self.pair.device)
+        self._state = state
+        self._lap("bookkeeping")
+        # 3. The models read the last token of every row.
+        after, before = self._pair.decode(
+            state.step_input(self._rows, self._prefixes), state.needs, self._lap
+        )
         # 4. The logits are mixed and a token is drawn; one copy to the host.
         tokens, draw = self._draw(after, before, state)
         self._state = state.advance(tokens)
-        # 5. Rows take their token; those that are done leave.
+        self._lap("mix_and_sample")
+        # 5. Rows take their token; those that are done leave. Nothing here needs memory on the
+        # device, so a step that runs out of it has taken nothing and can be done again.
         done = [i for i, row in enumerate(self._rows) if self._take(row, draw, i)]
         finished = [self._rows[i] for i in done]
         for i in (i for i in done if draw.failed[i]):
-            for runner in (self._after, self._before):
-                runner.slots.clear(i)
+            self._spoil(i)
         self._remove(done)
+        self._stats.steps += 1
+        self._stats.tokens += len(draw.tokens)
+        self._lap("bookkeeping")
+        if self.clock is not None:
+            self.clock.steps += 1
         return finished
+
+    def _lap(self, stage: str) -> None:
+        if self.clock is not None:
+            self.clock.lap(stage)
 
     def _leave(self) -> list[Row]:
         gone = [i for i, row in enumerate(self._rows) if row.left]
@@ -220,108 +210,119 @@ class Engine:
             self._waiting = deque(row for row in self._waiting if not row.left)
         return out + waiting
 
+    # -- joining -----------------------------------------------------------------------
+
     def _join(self) -> None:
         """First come, first served: a row that does not fit yet holds back those behind it."""
         free = self._most_rows - len(self._rows)
         # A prefill interrupts everyone, so it waits until it is worth it.
         worth_it = not self._rows or free >= len(self._waiting) or free >= self._most_rows // 8
-        if not (self._waiting and free and worth_it):
+        if not (self._waiting and free > 0 and worth_it):
+            if self._layout is None and self._rows:
+                self._lay_out(self._rows, self._prefixes)
             return
         new = self._joining
-        columns = max((row.request.columns for row in self._rows), default=0)
+        prefixes = {prefix.tokens: prefix for prefix in self._prefixes}
+        own, longest = _extent(self._rows, self._prefixes)
         while self._waiting and len(new) < free:
-            wider = max(columns, self._waiting[0].request.columns)
-            if (len(self._rows) + len(new) + 1) * wider > self.kv_tokens:
+            row = self._waiting[0]
+            tokens = row.request.prompt_ids[:-1] if self._pair.shares_prefixes else ()
+            rows = len(self._rows) + len(new) + 1
+            wider = max(own, row.request.columns - len(tokens))
+            longer = max(longest, len(tokens))
+            count = len(prefixes.keys() | {tokens}) if self._pair.shares_prefixes else 0
+            if rows * wider + count * longer > self.kv_tokens:
                 break
-            columns = wider
+            if self._pair.shares_prefixes:
+                row.prefix = prefixes.setdefault(tokens, Prefix(tokens))
+            own, longest = wider, longer
             new.append(self._waiting.popleft())
         if not new:
             return
-        self._layout(len(self._rows) + len(new), columns)
-        self._prefill(new)
+        live = list(prefixes.values())
+        self._lay_out(self._rows + new, live)
+        self._fill(new, live)
+        for row in new:
+            if row.prefix is not None:
+                row.prefix.rows += 1
         self._rows += new
+        self._prefixes = live
         self._joining, self._state = [], None
+        self._draw.reset()
 
-    def _make_room(self) -> list[Row]:
-        """After running out of memory every row starts again, in half as many slots.
-
-        Nothing is lost and no text changes, because a token's noise depends on its row and step
-        alone. A row that was alone twice cannot be helped and ends in an error.
-        """
-        rows = self._rows + self._joining
-        self._rows, self._joining, self._state = [], [], None
-        self._slots = self._columns = self._calm_steps = 0  # what the slots hold is void
-        for runner in (self._after, self._before):
-            runner.slots.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-        if len(rows) == 1:
-            if rows[0].too_large:
-                rows[0].completion = self._complete(rows[0], "error", "out of memory")
-                self._most_rows = self.config.max_slots  # it was this row
-                return rows
-            rows[0].too_large = True
-        self._most_rows = max(1, len(rows) // 2)
-        for row in rows:
-            row.token_ids, row.logprobs, row.eos_index = [], [], None
-        self._waiting.extendleft(reversed(rows))
-        return []
-
-    def _layout(self, rows: int, columns: int) -> None:
-        """Room for `rows` slots of `columns`; rows * columns is within the budget."""
-        if rows <= self._slots and columns <= self._columns:
+    def _lay_out(self, rows: Sequence[Row], prefixes: Sequence[Prefix]) -> None:
+        """Room for these rows and prefixes, which are within the budget."""
+        needs: Roles = frozenset().union(*(row.needs for row in rows))
+        own, longest = _extent(rows, prefixes)
+        now = self._layout
+        if (
+            now is not None
+            and len(rows) <= now.slots
+            and own <= now.columns
+            and len(prefixes) <= now.prefixes
+            and longest <= now.prefix_columns
+            and self._pair.fits(needs)
+        ):
             return
-        rounded = -(-columns // _COLUMN_STEP) * _COLUMN_STEP
-        self._columns = rounded if rows * rounded <= self.kv_tokens else columns
-        self._slots = min(self.config.max_slots, self.kv_tokens // self._columns)
-        used = max((row.length for row in self._rows), default=0)
-        for runner in (self._after, self._before):
-            runner.slots.layout(self._slots, self._columns, len(self._rows), used)
-
-    def _prefill(self, new: Sequence[Row]) -> None:
-        """Reads each distinct prompt once, all but its last token: that is the first step's."""
-        targets: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for slot, row in enumerate(new, start=len(self._rows)):
-            targets[row.request.prompt_ids[:-1]].append(slot)
-        targets.pop((), None)  # a prompt of one token has nothing to prefill
-        # Similar lengths together: less padding.
-        piece: list[tuple[int, ...]] = []
-        for prefix in sorted(targets, key=len):
-            if piece and (len(piece) + 1) * len(prefix) > self.config.prefill_tokens:
-                self._prefill_piece(piece, targets)
-                piece = []
-            piece.append(prefix)
-        if piece:
-            self._prefill_piece(piece, targets)
-
-    def _prefill_piece(
-        self, prefixes: Sequence[tuple[int, ...]], targets: dict[tuple[int, ...], list[int]]
-    ) -> None:
-        for runner in (self._after, self._before):
-            runner.prefill(prefixes, [targets[prefix] for prefix in prefixes])
-
-    def _draw(self, after: Tensor, before: Tensor, state: BatchState) -> tuple[Tensor, Draw]:
-        """[B, V+], [B, V+] logits -> tokens [B] on the device, and everything on the host."""
-        vocab = self.pair.vocab_size
-        after, before = after[:, :vocab].float(), before[:, :vocab].float()  # (B, V)
-        mixed = amplify(after, before, state.alpha)
-        norms = [logits.logsumexp(dim=-1) for logits in (after, before, mixed)]
-        failed = nonfinite_rows(*norms)  # (B,)
-        drawable = torch.where(failed.unsqueeze(-1), 0.0, mixed)  # a failed row draws nothing real
-        tokens = sample(drawable, state.sampling, state.step)
-        picked = tokens.unsqueeze(-1)
-        logprobs = [
-            logits.gather(-1, picked).squeeze(-1) - norm
-            for logits, norm in zip((after, before, mixed), norms, strict=True)
-        ]
-        # One transfer. Token ids and float32 values are both exact in float64.
-        columns = torch.stack([tokens.double(), failed.double(), *(p.double() for p in logprobs)])
-        ids, bad, *values = columns.tolist()
-        return tokens, Draw(
-            tokens=[int(i) for i in ids],
-            logprobs=list(zip(*values, strict=True)),
-            failed=[bool(b) for b in bad],
+        self._layout = None  # while layers differ
+        new = self._new_layout(len(rows), own, len(prefixes), longest)
+        kept = Kept(
+            rows=len(self._rows),
+            columns=max((row.written for row in self._rows), default=0),
+            prefixes=len(self._prefixes),
+            prefix_columns=max((len(p.tokens) for p in self._prefixes), default=0),
+            spoiled=any(prefix.spoiled for prefix in self._prefixes),
         )
+        self._pair.layout(new, needs, kept)
+        self._layout = new
+
+    def _new_layout(self, rows: int, own: int, prefixes: int, longest: int) -> Layout:
+        """With room to spare where the budget has it, as many slots as it has."""
+        columns, prefix_columns = (-(-x // _COLUMN_STEP) * _COLUMN_STEP for x in (own, longest))
+        spare = max(_PREFIX_SLOTS, 2 * prefixes) if prefixes else 0
+        choices = (
+            (columns, spare, prefix_columns),
+            (columns, prefixes, prefix_columns),
+            (own, prefixes, longest),
+        )
+        for columns, prefixes, prefix_columns in choices:
+            slots = (self.kv_tokens - prefixes * prefix_columns) // columns
+            if slots >= rows:
+                break
+        return Layout((), min(self.config.max_slots, slots), columns, prefixes, prefix_columns)
+
+    def _fill(self, new: Sequence[Row], live: Sequence[Prefix]) -> None:
+        """Each distinct prompt of the new rows is read once, all but its last token: that is the
+        first step's. What a live row has had read already is there."""
+        wanted: dict[tuple[int, ...], Wanted] = {}
+        for slot, row in enumerate(new, start=len(self._rows)):
+            tokens, prefix = row.request.prompt_ids[:-1], row.prefix
+            slots, roles = (
+                (wanted[tokens].slots, wanted[tokens].roles)
+                if tokens in wanted
+                else (
+                    [],
+                    frozenset(),
+                )
+            )
+            slots = [*slots, slot] if prefix is None else [live.index(prefix)]
+            wanted[tokens] = Wanted(tokens, slots, roles | row.needs)
+        there = {prefix.tokens: prefix.roles for prefix in live}
+        todo = [
+            want._replace(roles=want.roles - there.get(tokens, frozenset()))
+            for tokens, want in wanted.items()
+            if tokens  # a prompt of one token has no prefix
+        ]
+        self._stats.prefix_lookups += len(todo)
+        read = self._pair.fill(
+            [want for want in todo if want.roles], prefix=self._pair.shares_prefixes
+        )
+        self._stats.prefix_hits += len(todo) - read
+        for prefix in live:
+            if prefix.tokens in wanted:
+                prefix.roles |= wanted[prefix.tokens].roles
+
+    # -- leaving -----------------------------------------------------------------------
 
     def _take(self, row: Row, draw: Draw, i: int) -> bool:
         """Appends the drawn token to its row; True if the row is done."""
@@ -372,28 +373,124 @@ class Engine:
             error=error,
         )
 
+    def _spoil(self, i: int) -> None:
+        """Row i met NaN, which may be in its slot and in its prefix's."""
+        self._pair.clear(i)
+        if (prefix := self._rows[i].prefix) is not None:
+            prefix.spoiled = True
+
     def _remove(self, gone: Sequence[int]) -> None:
         """Takes rows out; the last row moves into each hole, so that slots stay dense."""
         for i in sorted(gone, reverse=True):
-            last = self._rows.pop()
+            row, last = self._rows[i], self._rows.pop()
             if i < len(self._rows):
-                for runner in (self._after, self._before):
-                    runner.slots.move(len(self._rows), i, last.length)
+                self._pair.move(len(self._rows), i, last.written)
                 self._rows[i] = last
+            if row.prefix is not None:
+                self._release(row.prefix)
+                row.prefix = None
         if gone:
             self._state = None
 
-    def _default_kv_tokens(self) -> int:
-        per_token = kv_bytes_per_token(self.pair.after) + kv_bytes_per_token(self.pair.before)
-        device = self.pair.device
+    def _release(self, prefix: Prefix) -> None:
+        """One row less reads it; after the last one its slot is filled by the last prefix."""
+        prefix.rows -= 1
+        if prefix.rows:
+            return
+        i, last = self._prefixes.index(prefix), self._prefixes.pop()
+        if prefix.spoiled:
+            self._pair.clear(i, prefix=True)
+        if i < len(self._prefixes):
+            self._pair.move(len(self._prefixes), i, len(last.tokens), prefix=True)
+            self._prefixes[i] = last
+            if last.spoiled:
+                self._pair.clear(len(self._prefixes), prefix=True)
+
+    # -- memory ------------------------------------------------------------------------
+
+    def _calm(self) -> None:
+        """After a step that found its memory."""
+        self._failures = 0
+        self._calm_steps += 1
+        if self._calm_steps >= _CALM_STEPS:
+            self._calm_steps = 0
+            self._most_rows = min(self.config.max_slots, 2 * self._most_rows)
+
+    def _make_room(self) -> list[Row]:
+        """After running out of memory: new rows wait again, and fewer decode together from now on.
+
+        The live rows go on where they were. If they alone run out of memory again, half of them
+        start again later: nothing is lost and no text changes, because a token's noise depends on
+        its row and step alone. A row that is alone and cannot be helped is refused.
+        """
+        self._stats.out_of_memory += 1
+        self._failures += 1
+        self._calm_steps = 0
+        new, self._joining, self._state = self._joining, [], None
+        for row in new:
+            row.prefix = None
+        self._waiting.extendleft(reversed(new))
+        self._pair.pool.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        tried = len(self._rows) + len(new)
+        self._most_rows = max(1, tried // 2)
+        if self._failures < 2:
+            return []
+        if tried == 1:
+            return [self._refuse(new)]
+        if not new:
+            self._restart(self._rows[len(self._rows) // 2 :])
+        return []
+
+    def _refuse(self, new: Sequence[Row]) -> Row:
+        """The only row, which memory ran out with twice."""
+        row = self._waiting.popleft() if new else self._rows[0]
+        if not new:
+            self._remove([0])
+        prompt, tokens = len(row.request.prompt_ids), row.request.max_new_tokens
+        row.refused = DoesNotFit(
+            "max_new_tokens",
+            f"out of memory: {prompt} prompt tokens and {tokens} new ones, alone, do not fit",
+        )
+        row.completion = self._complete(row, "error", row.refused.message)
+        self._most_rows = self.config.max_slots  # it was this row
+        self._failures = 0
+        return row
+
+    def _restart(self, rows: Sequence[Row]) -> None:
+        """These rows, the last ones, leave their slots and wait again from their first token."""
+        rows = list(rows)
+        self._remove(range(len(self._rows) - len(rows), len(self._rows)))
+        for row in rows:
+            row.token_ids, row.logprobs, row.eos_index = [], [], None
+        self._waiting.extendleft(reversed(rows))
+        self._failures = 0
+
+    def _memory(self) -> tuple[int, int]:
+        """Tokens of keys and values, and bytes of prompts read before."""
+        per_token = self._pair.kv_bytes_per_token
+        device, pool = self.pair.device, self.config.prefix_pool_bytes
         if device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
-            memory = int(torch.cuda.mem_get_info(device)[0] * _GPU_KV_SHARE)
-            memory -= self.config.prefill_tokens * per_token // 2  # a prefill's own, model by model
+            free = torch.cuda.mem_get_info(device)[0]
+            pool = int(free * _GPU_POOL_SHARE) if pool is None else pool
+            # A prefill's own keys and values, model by model.
+            memory = int((free - pool) * _GPU_KV_SHARE)
+            memory -= self.config.prefill_tokens * per_token // 2
         else:
             memory = _CPU_KV_BYTES
+            pool = _CPU_POOL_BYTES if pool is None else pool
         tokens = min(self.config.max_slots * self.context_length, memory // per_token)
         if tokens < 1:
             raise ConfigError(f"kv_tokens: no memory is left for keys and values on {device}")
-        return tokens
+        return self.config.kv_tokens or tokens, pool
+
+
+def _extent(rows: Sequence[Row], prefixes: Sequence[Prefix]) -> tuple[int, int]:
+    """Columns of the longest row's own slot when it is done, and of the longest prefix."""
+    return (
+        max((row.own_columns for row in rows), default=0),
+        max((len(prefix.tokens) for prefix in prefixes), default=0),
+    )

@@ -1,71 +1,215 @@
-"""One model and its slots: prefill of prompts, one decode step for every row.
+"""One model and its slots: passes over prompts, one decode step for every row.
 
-Shapes: B rows, P distinct prefixes, T tokens, V vocabulary.
+Shapes: B rows, m lanes (2 where one model computes both of a stacked pair), R = B * m rows the
+model sees, T tokens, V vocabulary, G prefixes, n rows of the largest group.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from lda_core import attention
+from lda_core.adapter import Lanes
 from lda_core.architectures import decode_mask
-from lda_core.slots import SlotCache
+from lda_core.slots import Cursor, Kept, Layout, SlotCache
+
+Role = Literal["after", "before"]
+_BOTH: tuple[Role, Role] = ("before", "after")  # the order of a stacked model's rows
+
+
+class StepInput(NamedTuple):
+    """One token of every row, and where everything lies. Tensors on the device."""
+
+    tokens: Tensor  # (B,)
+    positions: Tensor  # (B,) of these tokens
+    prefixes: Tensor  # (B,) length of the row's shared prefix
+    width: int  # own columns of the longest row, this token included
+    prefix_count: int = 0  # G
+    prefix_width: int = 0  # length of the longest shared prefix
+    gather: Tensor | None = None  # (G*n,) rows by prefix, padded; None: row i has prefix i
+    place: Tensor | None = None  # (B,) where each row is among them
+
+    def to(self, device: torch.device) -> "StepInput":
+        if self.tokens.device == device:
+            return self
+        return self._replace(
+            tokens=self.tokens.to(device),
+            positions=self.positions.to(device),
+            prefixes=self.prefixes.to(device),
+            gather=None if self.gather is None else self.gather.to(device),
+            place=None if self.place is None else self.place.to(device),
+        )
 
 
 class ModelRunner:
-    """Runs one of the pair's two models over slots. Call under torch.inference_mode."""
+    """Runs one model over slots. Call under torch.inference_mode."""
 
-    def __init__(self, model: PreTrainedModel, kv_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, role: Role, switch: Lanes | None = None) -> None:
+        """`switch`: of a stacked model, which computes both roles."""
+        self.roles: tuple[Role, ...] = (role,) if switch is None else _BOTH
+        self.lanes: tuple[Role, ...] = self.roles  # which of them the slots hold now
         self._model: Any = model
         self._config: Any = model.config
-        self._device = model.device
-        self.slots = SlotCache(probe_cache(model), kv_tokens)
+        self._switch = switch
+        self.device = model.device
+        self._probe = self._read_one_token()
+        self.kv_bytes_per_token = len(self.roles) * kv_bytes(self._probe)
 
-    def prefill(self, prefixes: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> None:
-        """Reads P distinct prefixes once and copies each to the slots targets[p].
-
-        Padded on the right and causal, without a mask: no real token can see the padding, and
-        what the padding leaves in a slot lies beyond the row's length.
-        """
-        longest = max(len(prefix) for prefix in prefixes)
-        padded = torch.tensor(
-            [[*prefix, *[0] * (longest - len(prefix))] for prefix in prefixes],
-            device=self._device,
-        )  # (P, T)
-        # A bare DynamicCache keeps every column; one made from the config would drop real
-        # tokens of shorter rows on sliding-window layers.
+    def _read_one_token(self) -> DynamicCache:
+        """The cache after it: shape, dtype and device of every layer."""
         cache = DynamicCache()
-        # The body alone: nobody needs the prefix's logits.
-        self._model.base_model(
-            input_ids=padded,
-            position_ids=torch.arange(longest, device=self._device).expand_as(padded),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        pairs = [(slot, p) for p, slots in enumerate(targets) for slot in slots]
-        slot, source = torch.tensor(pairs, device=self._device).unbind(-1)
-        self.slots.fill(slot, cache, source)
+        with self._mode(self.roles[:1]):
+            self._model(
+                input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device),
+                past_key_values=cache,
+            )
+        return cache
 
-    def decode_step(self, tokens: Tensor, lengths: Tensor, width: int) -> Tensor:
-        """Reads one token per row at column `lengths`: [B], [B] int64 -> logits [B, V].
+    def allocate(self, tokens: int) -> None:
+        self.slots = SlotCache(self._probe, tokens * len(self.roles))
 
-        `width` is the longest row's length + 1, known to the host without asking the device.
+    def shares_prefixes(self) -> bool:
+        """Whether every layer's attention takes the shared prefix; tried on one token."""
+        self.slots = SlotCache(self._probe, 2)
+        self.layout(Layout((), 1, 1, 1, 1), self.roles[:1], Kept(0, 0, 0, 0))
+        one = torch.ones(1, dtype=torch.long, device=self.device)
+        try:
+            self.decode_step(StepInput(0 * one, one, one, 1, 1, 1))
+        except (attention.CannotShare, RuntimeError):  # other attention: shapes that do not fit
+            return False
+        finally:
+            self.lanes = self.roles
+        return self.slots.shared_reads == len(self.slots.layers) - self.slots.skipped
+
+    def layout(self, layout: Layout, lanes: tuple[Role, ...], kept: Kept) -> None:
+        """Lays the slots out anew, with one lane for each of these roles."""
+        self.slots.layout(layout._replace(lanes=lanes), kept)
+        self.lanes = lanes
+
+    def read(self, ids: Tensor, start: int, roles: Sequence[Role], cache: DynamicCache) -> None:
+        """Reads [P, T] tokens at positions start, start + 1, ... of prompts into `cache`.
+
+        Causal, without a mask: rows are padded on the right, where no real token can see it.
+        For both roles of a stacked model the cache gets [2P] rows, before and after in turn.
         """
-        cursor = self.slots.cursor
-        cursor.rows = torch.arange(tokens.shape[0], device=tokens.device)
-        cursor.lengths, cursor.width = lengths, width
-        output = self._model(
-            input_ids=tokens.unsqueeze(-1),
-            position_ids=lengths.unsqueeze(-1),
-            attention_mask=decode_mask(self._config, lengths, width),
-            past_key_values=self.slots,
-            use_cache=True,
+        for layer in cache.layers:
+            if isinstance(layer, _OtherModels):
+                layer.length = start
+        if not cache.layers:
+            skipped = sum(layer.keys is None for layer in self._probe.layers)
+            cache.layers.extend(_OtherModels() for _ in range(skipped))
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+        with self._mode(roles):
+            ids = ids.repeat_interleave(len(roles), dim=0)
+            # The body alone: nobody needs the prompt's logits.
+            self._model.base_model(
+                input_ids=ids,
+                position_ids=positions.expand_as(ids),
+                past_key_values=cache,
+                use_cache=True,
+            )
+
+    def decode_step(self, step: StepInput) -> dict[Role, Tensor]:
+        """Reads one token of every row -> logits [B, V] of each lane's role."""
+        m = len(self.lanes)
+        at = _with_lanes(step, m)
+        self.slots.cursor = Cursor(
+            rows=torch.arange(len(at.tokens), device=at.tokens.device),
+            columns=at.positions - at.prefixes,
+            width=at.width,
+            prefixes=at.prefix_count,
+            prefix_width=at.prefix_width,
+            gather=at.gather,
+            place=at.place,
         )
+        with self._mode(self.lanes), self._attention(shared=at.prefix_count > 0) as options:
+            output = self._model(
+                input_ids=at.tokens.unsqueeze(-1),
+                position_ids=at.positions.unsqueeze(-1),
+                attention_mask=decode_mask(
+                    self._config, at.positions, at.prefixes, at.prefix_width, at.width
+                ),
+                past_key_values=self.slots,
+                use_cache=True,
+                **options,
+            )
         logits: Tensor = output.logits[:, -1]
-        return logits
+        return {role: logits[lane::m] for lane, role in enumerate(self.lanes)}
+
+    def weights_read(self) -> dict[int, int]:
+        """Bytes by address of the parameters a decode step reads whole: not the embedding's
+        table, unless the output layer is tied to it."""
+        table = self._model.get_input_embeddings().weight
+        head = self._model.get_output_embeddings().weight
+        return {
+            p.data_ptr(): p.numel() * p.element_size()
+            for p in self._model.parameters()
+            if p is not table or p is head
+        }
+
+    def _mode(self, roles: Sequence[Role]) -> Any:
+        if self._switch is None:
+            return nullcontext()
+        return self._switch.use("both" if len(roles) == 2 else roles[0])
+
+    @contextmanager
+    def _attention(self, shared: bool) -> Iterator[dict[str, Any]]:
+        """The model's own attention, or ours over shared prefixes."""
+        if not shared:
+            yield {}
+            return
+        own = self._config._attn_implementation
+        self._config._attn_implementation = attention.NAME
+        try:
+            yield {"slots": self.slots}
+        finally:
+            self._config._attn_implementation = own
+
+
+class _OtherModels(DynamicLayer):  # type: ignore[misc]
+    """In a prompt's cache: a layer that the other model computes. It has a length and no keys."""
+
+    length = 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def _with_lanes(step: StepInput, m: int) -> StepInput:
+    """The same step for a model that sees m rows for every row, lane by lane in turn."""
+    if m == 1:
+        return step
+    gather, place = step.gather, step.place
+    if gather is not None and place is not None:
+        lane = torch.arange(m, device=gather.device)
+        groups = gather.view(step.prefix_count, 1, -1)  # (G, 1, n)
+        n = groups.shape[-1]
+        gather = (groups * m + lane[:, None]).flatten()  # (G*m*n,)
+        group, member = place // n, place % n
+        place = ((group[:, None] * m + lane) * n + member[:, None]).flatten()  # (B*m,)
+    return step._replace(
+        tokens=step.tokens.repeat_interleave(m),
+        positions=step.positions.repeat_interleave(m),
+        prefixes=step.prefixes.repeat_interleave(m),
+        prefix_count=step.prefix_count * m,
+        gather=gather,
+        place=place,
+    )
+
+
+def kv_bytes(cache: DynamicCache) -> int:
+    """Bytes that one token takes in the cache of a forward pass, all layers together."""
+    return sum(
+        x.shape[1] * x.shape[3] * x.element_size()
+        for layer in cache.layers
+        if layer.keys is not None
+        for x in (layer.keys, layer.values)
+    )
 
 
 @torch.inference_mode()
@@ -78,8 +222,4 @@ def probe_cache(model: PreTrainedModel) -> DynamicCache:
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes that one token takes in the model's key/value cache, all layers together."""
-    return sum(
-        x.shape[1] * x.shape[3] * x.element_size()
-        for layer in probe_cache(model).layers
-        for x in (layer.keys, layer.values)
-    )
+    return kv_bytes(probe_cache(model))

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from lda_core import checkpoint, vocabulary
+from lda_core.adapter import Lanes
 from lda_core.architectures import require_exact
 from lda_core.config import PairConfig
 from lda_core.errors import CheckpointError, ConfigError
@@ -41,6 +42,8 @@ class ModelPair:
     comparison: Comparison
     notices: tuple[str, ...] = ()
     files: dict[str, list[Path]] = field(default_factory=dict)
+    switch: Lanes | None = None
+    common_layers: int = 0
 
     @classmethod
     def load(cls, config: PairConfig) -> Self:

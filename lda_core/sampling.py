@@ -9,14 +9,14 @@ sampling"; counter-based noise: Salmon et al. 2011, "Parallel random numbers".
 Shapes: B rows, V tokens.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_MASK32 = 0xFFFFFFFF
-# First guess for the number of candidates that hold top_p of the mass; doubled until they do.
-_CANDIDATES = 256
+# First guess for the number of candidates that hold top_p of the mass.
+CANDIDATES = 256
 
 
 class Sampling(NamedTuple):
@@ -67,20 +67,12 @@ def truncate(scaled: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
 def _lowest_kept(scaled: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     """[R, V] -> [R]: the smallest value each row keeps; sorts only as far as it must."""
     vocab = scaled.shape[-1]
-    k = torch.where(top_k > 0, top_k, vocab).clamp(max=vocab)  # (R,)
     total = scaled.logsumexp(dim=-1)  # (R,)
     # At least all of the largest top-k, so that its mass is exact.
-    count = min(vocab, max(_CANDIDATES, int(top_k.max()) + 1))
+    count = min(vocab, max(CANDIDATES, int(top_k.max()) + 1))
     while True:
         best = scaled.topk(count, dim=-1).values  # (R, count) in falling order
-        inside = torch.arange(count, device=scaled.device) < k.unsqueeze(-1)
-        best = best.masked_fill(~inside, -torch.inf)
-        # top-p of what top-k left; without top-k the whole row is what is left.
-        mass = torch.where(top_k > 0, best.logsumexp(dim=-1), total)
-        probs = (best - mass.unsqueeze(-1)).exp()
-        before = probs.cumsum(dim=-1) - probs  # mass of the better tokens
-        kept = inside & ((before < top_p.unsqueeze(-1)) | (top_p == 1).unsqueeze(-1))
-        kept[:, 0] = True  # rounding must never leave a row empty
+        kept = _kept(best, total, top_p, top_k)
         # Enough candidates: the last one lies outside, or nothing is left to look at.
         if count == vocab or not bool(kept[:, -1].any()):
             last = kept.sum(dim=-1, keepdim=True) - 1
@@ -88,28 +80,99 @@ def _lowest_kept(scaled: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
         count = min(vocab, count * 8)
 
 
-def gumbel_noise(seed: Tensor, step: Tensor, vocab: int) -> Tensor:
-    """[B] int64, [B] int64 -> [B, vocab] standard Gumbel noise, float32."""
-    key = _mix32(seed & _MASK32)
-    key = _mix32(key ^ (seed >> 32))
-    key = _mix32(key ^ step)  # (B,)
-    token = _mix32(torch.arange(1, vocab + 1, device=seed.device))  # (V,)
-    bits = _mix32(key.unsqueeze(-1) ^ token)  # (B, V) in [0, 2^32)
-    v = (bits.float() + 0.5).mul_(2.0**-32)
+class Kinds(NamedTuple):
+    """Rows by how they draw; `ALL`, some [R] int64, or None."""
+
+    greedy: Tensor | slice | None
+    full: Tensor | slice | None  # from the whole vocabulary
+    truncated: Tensor | slice | None  # with top_p or top_k
+
+
+ALL = slice(None)
+
+
+def propose(
+    logits: Tensor, peak: Tensor, sampling: Sampling, step: Tensor, kinds: Kinds, candidates: int
+) -> tuple[Tensor, Tensor]:
+    """What `sample` draws, without looking at the values on the host: tokens [B], sure [B] bool.
+
+    Truncated rows look at their `candidates` best tokens alone (more than any top_k). Where these
+    may not be all that the row keeps, it is not sure of its token: then `sample` must be asked.
+    `peak` [B] is the rows' maximum.
+    """
+    tokens = torch.zeros_like(step)
+    sure = torch.ones_like(step, dtype=torch.bool)
+    if (rows := kinds.greedy) is not None:
+        tokens[rows] = logits[rows].argmax(dim=-1)
+    if (rows := kinds.full) is not None:
+        scaled = (logits[rows] - peak[rows, None]).div_(sampling.temperature[rows, None])
+        noise = gumbel_noise(sampling.seed[rows], step[rows], logits.shape[-1])
+        tokens[rows] = scaled.add_(noise).argmax(dim=-1)
+    if (rows := kinds.truncated) is not None:
+        scaled = (logits[rows] - peak[rows, None]).div_(sampling.temperature[rows, None])
+        best, index = scaled.topk(candidates, dim=-1)  # (R, candidates), in falling order
+        kept = _kept(best, scaled.logsumexp(dim=-1), sampling.top_p[rows], sampling.top_k[rows])
+        last = best.gather(-1, kept.sum(dim=-1, keepdim=True) - 1)
+        kept = best >= last  # ties with the last one too
+        drawn = best.masked_fill(~kept, -torch.inf)
+        drawn = drawn + gumbel_noise(sampling.seed[rows], step[rows], index)
+        tokens[rows] = index.gather(-1, drawn.argmax(dim=-1, keepdim=True)).squeeze(-1)
+        sure[rows] = ~kept[:, -1] | (candidates == logits.shape[-1])
+    return tokens, sure
+
+
+def _kept(best: Tensor, total: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """[R, C] best tokens in falling order, [R] logsumexp of all -> [R, C] bool: kept ones.
+
+    The first always is: rounding must never leave a row empty.
+    """
+    k = torch.where(top_k > 0, top_k, best.shape[-1]).unsqueeze(-1)  # (R, 1)
+    inside = torch.arange(best.shape[-1], device=best.device) < k
+    best = best.masked_fill(~inside, -torch.inf)
+    # top-p of what top-k left; without top-k the whole row is what is left.
+    mass = torch.where(top_k > 0, best.logsumexp(dim=-1), total)
+    probs = (best - mass.unsqueeze(-1)).exp()
+    before = probs.cumsum(dim=-1) - probs  # mass of the better tokens
+    kept = inside & ((before < top_p.unsqueeze(-1)) | (top_p == 1).unsqueeze(-1))
+    kept[:, 0] = True
+    return kept
+
+
+def gumbel_noise(seed: Tensor, step: Tensor, tokens: int | Tensor) -> Tensor:
+    """[B] int64, [B] int64 -> [B, V] standard Gumbel noise, float32, of tokens 0..V-1.
+
+    `tokens`: V, or [B, C] token ids for the noise of these alone.
+    """
+    key = _mix32(seed.int())
+    key = _mix32(key ^ (seed >> 32).int())
+    key = _mix32(key ^ step.int()).unsqueeze(-1)  # (B, 1)
+    if isinstance(tokens, Tensor):
+        hashed = _mix32(tokens.int() + 1)
+    else:
+        hashed = _token_hash(tokens, seed.device)
+    bits = _mix32(hashed ^ key)  # (B, V)
+    v = bits.view(torch.uint32).float().add_(0.5).mul_(2.0**-32)
     # u = 1 - v. Written with log1p, because u itself rounds to 1 in float32 about once in
     # 3e7 numbers, and -log(-log(1)) = inf would win every argmax. v may round to 1 as well,
     # which would rule the token out: hence the clamp.
     return v.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
 
 
-def _mix32(x: Tensor) -> Tensor:
-    """A bijection of [0, 2^32) whose output looks random (int64 tensors, any shape).
+@lru_cache(maxsize=8)
+def _token_hash(vocab: int, device: torch.device) -> Tensor:
+    return _mix32(torch.arange(1, vocab + 1, dtype=torch.int32, device=device))
 
-    Multiplications by numbers below 2^31 stay inside int64. Constants found by the search of
+
+def _mix32(x: Tensor) -> Tensor:
+    """A bijection of the 32-bit integers whose output looks random; int32, in place.
+
+    int32 multiplications wrap around as uint32 ones do; its right shifts are made logical by
+    masking the sign's copies away. Constants found by the search of
     github.com/skeeto/hash-prospector.
     """
-    x = x ^ (x >> 16)
-    x = (x * 0x21F0AAAD) & _MASK32
-    x = x ^ (x >> 15)
-    x = (x * 0x735A2D97) & _MASK32
-    return x ^ (x >> 15)
+    shifted = torch.bitwise_right_shift(x, 16).bitwise_and_(0xFFFF)
+    x.bitwise_xor_(shifted).mul_(0x21F0AAAD)
+    torch.bitwise_right_shift(x, 15, out=shifted).bitwise_and_(0x1FFFF)
+    x.bitwise_xor_(shifted).mul_(0x735A2D97)
+    torch.bitwise_right_shift(x, 15, out=shifted).bitwise_and_(0x1FFFF)
+    return x.bitwise_xor_(shifted)

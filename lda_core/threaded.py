@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
 
-from lda_core.engine import Engine, Row
+from lda_core.batch import Row
+from lda_core.engine import Engine
 from lda_core.errors import EngineStopped
 from lda_core.request import Completion
 

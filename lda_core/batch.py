@@ -1,0 +1,190 @@
+"""The rows of a batch, and what one step needs of all of them.
+
+Shapes: B live rows, G live prefixes, n rows of the largest prefix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from lda_core.errors import DoesNotFit
+from lda_core.lockstep import BOTH, Roles
+from lda_core.model_runner import Role, StepInput
+from lda_core.request import Completion, Request
+from lda_core.sampling import ALL, Kinds, Sampling
+
+
+@dataclass(eq=False)
+class Prefix:
+    """A prompt but for its last token, in a prefix slot that its rows share."""
+
+    tokens: tuple[int, ...]
+    rows: int = 0  # live ones that read it
+    roles: Roles = frozenset()  # models that have read it
+    spoiled: bool = False  # may hold NaN
+
+
+@dataclass(eq=False)
+class Row:
+    """One request on its way through the engine, from `Engine.accept`.
+
+    Setting `left` (any thread may) takes it out at the next step, without a completion.
+    """
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[tuple[float, float, float]] = field(default_factory=list)
+    eos_index: int | None = None
+    left: bool = False
+    prefix: Prefix | None = None  # while it is live, where prefixes are shared
+    refused: DoesNotFit | None = None  # memory ran out with this row alone
+    completion: Completion | None = None
+
+    @property
+    def position(self) -> int:
+        """Of the token that is read next."""
+        return len(self.request.prompt_ids) - 1 + len(self.token_ids)
+
+    @property
+    def written(self) -> int:
+        """Columns of its own slot that hold something."""
+        return self.position - (len(self.prefix.tokens) if self.prefix else 0)
+
+    @property
+    def own_columns(self) -> int:
+        """Columns of its own slot that it may ever fill."""
+        return self.request.columns - (len(self.prefix.tokens) if self.prefix else 0)
+
+    @property
+    def needs(self) -> Roles:
+        """The models without which it cannot go on."""
+        only: dict[float, Role] = {0.0: "after", -1.0: "before"}
+        if self.request.logprobs or self.request.alpha not in only:
+            return BOTH
+        return frozenset((only[self.request.alpha],))
+
+
+class BatchState(NamedTuple):
+    """What a step needs of every live row, on the device. Rebuilt when rows change."""
+
+    tokens: Tensor  # (B,)
+    positions: Tensor  # (B,)
+    prefixes: Tensor  # (B,)
+    step: Tensor  # (B,)
+    alpha: Tensor  # (B,)
+    sampling: Sampling
+    kinds: Kinds
+    plain: tuple[Tensor, Tensor] | None  # rows at alpha 0 and at -1, if there are any
+    gather: Tensor | None
+    place: Tensor | None
+    prefix_width: int
+    needs: Roles
+    logprobs: Tensor | None  # (B,) bool, if any row wants them
+    top_k: int  # the largest
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], prefixes: Sequence[Prefix], device: torch.device) -> Self:
+        requests = [row.request for row in rows]
+        ints = torch.tensor(
+            [
+                [
+                    (row.token_ids or r.prompt_ids)[-1],
+                    row.position,
+                    len(row.prefix.tokens) if row.prefix else 0,
+                    len(row.token_ids),
+                    r.top_k,
+                    r.seed,
+                ]
+                for row, r in zip(rows, requests, strict=True)
+            ],
+            device=device,
+        )
+        floats = torch.tensor(
+            [[r.alpha, r.temperature, r.top_p] for r in requests],
+            dtype=torch.float32,
+            device=device,
+        )
+        tokens, positions, bases, step, top_k, seed = ints.unbind(-1)
+        alpha, temperature, top_p = floats.unbind(-1)
+        zero, minus = ([i for i, r in enumerate(requests) if r.alpha == a] for a in (0.0, -1.0))
+        gather, place = _groups(rows, prefixes, device)
+        return cls(
+            tokens=tokens,
+            positions=positions,
+            prefixes=bases,
+            step=step,
+            alpha=alpha,
+            sampling=Sampling(temperature, top_p, top_k, seed),
+            kinds=_kinds(requests, device),
+            plain=(
+                (
+                    torch.tensor(zero, device=device).long(),
+                    torch.tensor(minus, device=device).long(),
+                )
+                if zero or minus
+                else None
+            ),
+            gather=gather,
+            place=place,
+            prefix_width=max((len(p.tokens) for p in prefixes), default=0),
+            needs=frozenset().union(*(row.needs for row in rows)),
+            logprobs=(
+                torch.tensor([r.logprobs for r in requests], device=device)
+                if any(r.logprobs for r in requests)
+                else None
+            ),
+            top_k=max(r.top_k for r in requests),
+        )
+
+    def step_input(self, rows: Sequence[Row], prefixes: Sequence[Prefix]) -> StepInput:
+        return StepInput(
+            tokens=self.tokens,
+            positions=self.positions,
+            prefixes=self.prefixes,
+            width=max(row.written for row in rows) + 1,
+            prefix_count=len(prefixes),
+            prefix_width=self.prefix_width,
+            gather=self.gather,
+            place=self.place,
+        )
+
+    def advance(self, tokens: Tensor) -> Self:
+        return self._replace(tokens=tokens, positions=self.positions + 1, step=self.step + 1)
+
+
+def _kinds(requests: Sequence[Request], device: torch.device) -> Kinds:
+    def rows(chosen: list[bool]) -> Tensor | slice | None:
+        if not any(chosen):
+            return None
+        if all(chosen):
+            return ALL
+        return torch.tensor([i for i, yes in enumerate(chosen) if yes], device=device)
+
+    greedy = [r.temperature == 0 for r in requests]
+    truncated = [r.temperature > 0 and (r.top_p < 1 or r.top_k > 0) for r in requests]
+    full = [not (g or t) for g, t in zip(greedy, truncated, strict=True)]
+    return Kinds(rows(greedy), rows(full), rows(truncated))
+
+
+def _groups(
+    rows: Sequence[Row], prefixes: Sequence[Prefix], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """gather (G*n,), place (B,) of `StepInput`; None where row i simply has prefix i."""
+    if [row.prefix for row in rows] == list(prefixes):
+        return None, None
+    members: dict[Prefix, list[int]] = {prefix: [] for prefix in prefixes}
+    for i, row in enumerate(rows):
+        if row.prefix is not None:
+            members[row.prefix].append(i)
+    if not members:
+        return None, None
+    n = max(len(group) for group in members.values())
+    gather = [i for group in members.values() for i in group + [0] * (n - len(group))]
+    place = [0] * len(rows)
+    for g, group in enumerate(members.values()):
+        for j, i in enumerate(group):
+            place[i] = g * n + j
+    return torch.tensor(gather, device=device), torch.tensor(place, device=device)

@@ -1,0 +1,211 @@
+"""Both models of a pair over their slots, always at the same rows and columns.
+
+Two runners, one for each model (at the same time where they have devices of their own), or one
+runner for a stacked pair. A model that no row needs does not run.
+
+Shapes: B rows, V vocabulary, P prompts, T tokens.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from lda_core.model_runner import ModelRunner, Role, StepInput
+from lda_core.pair import ModelPair
+from lda_core.prefix_pool import PrefixPool
+from lda_core.slots import Kept, Layout, PrefixKV
+
+T = TypeVar("T")
+Roles = frozenset[Role]
+BOTH: Roles = frozenset(("after", "before"))
+
+
+class Wanted(NamedTuple):
+    """A prefix that must be in these slots, for these models."""
+
+    tokens: tuple[int, ...]
+    slots: list[int]
+    roles: Roles
+
+
+class Lockstep:
+    """Call under torch.inference_mode.
+
+    Attributes:
+      shares_prefixes: rows with one prompt hold it once, in a prefix slot; else each in its own.
+      prefilled_tokens: read from prompts, counted once for both models.
+    """
+
+    def __init__(self, pair: ModelPair, *, at_once: bool | None = None) -> None:
+        """`at_once`: the two models in two threads; None: if their devices differ."""
+        if pair.switch is not None:
+            self._runners = [ModelRunner(pair.after, "after", pair.switch)]
+        else:
+            # In this order: what *before* shares with *after*, after computes.
+            self._runners = [ModelRunner(pair.after, "after"), ModelRunner(pair.before, "before")]
+        self._device = pair.device
+        self._before_needs_after = pair.common_layers > 0
+        if at_once is None:
+            at_once = len({runner.device for runner in self._runners}) > 1
+        self._thread = ThreadPoolExecutor(1, "lda-before") if at_once else None
+        self.shares_prefixes = all([runner.shares_prefixes() for runner in self._runners])
+        self.kv_bytes_per_token = sum(runner.kv_bytes_per_token for runner in self._runners)
+        self.prefilled_tokens = 0
+
+    def allocate(self, kv_tokens: int, pool_bytes: int, prefill_tokens: int) -> None:
+        """Memory for `kv_tokens` tokens of both models, and the limits of pool and prefill."""
+        for runner in self._runners:
+            runner.allocate(kv_tokens)
+        self.pool = PrefixPool(pool_bytes)
+        self._prefill_tokens = prefill_tokens
+
+    def layout(self, layout: Layout, needs: Roles, kept: Kept) -> None:
+        for runner in self._runners:
+            runner.layout(layout, self._lanes(runner, needs), kept)
+
+    def fits(self, needs: Roles) -> bool:
+        """Whether the present layout has lanes for just these models."""
+        return all(runner.lanes == self._lanes(runner, needs) for runner in self._runners)
+
+    def _lanes(self, runner: ModelRunner, needs: Roles) -> tuple[Role, ...]:
+        """A runner of one model keeps it; the stacked one holds what is needed."""
+        return tuple(r for r in runner.roles if r in needs or len(runner.roles) == 1)
+
+    def decode(
+        self, step: StepInput, needs: Roles, lap: Callable[[str], None]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits [B, V] of *after* and of *before*, on after's device; None where not needed."""
+        if self._before_needs_after:
+            needs = BOTH
+        runners = [r for r in self._runners if not needs.isdisjoint(r.roles)]
+
+        def run(runner: ModelRunner) -> dict[Role, Tensor]:
+            logits = runner.decode_step(step.to(runner.device))
+            if self._thread is None:
+                lap(runner.roles[-1])
+            return logits
+
+        found: dict[Role, Tensor] = {}
+        for logits in self._each(run, runners):
+            found.update({role: x.to(self._device) for role, x in logits.items()})
+        if self._thread is not None:
+            lap("after")
+        return found.get("after"), found.get("before")
+
+    def _each(self, call: Callable[[ModelRunner], T], runners: Sequence[ModelRunner]) -> list[T]:
+        if self._thread is None or len(runners) == 1:
+            return [call(runner) for runner in runners]
+        # Which of the two modes a thread is in, every thread decides for itself.
+        other = self._thread.submit(torch.inference_mode()(call), runners[1])
+        try:
+            first = call(runners[0])
+        finally:
+            other.exception()  # waits: nothing may still be running when this returns
+        return [first, other.result()]
+
+    # -- prompts -----------------------------------------------------------------------
+
+    def fill(self, wanted: Iterable[Wanted], *, prefix: bool) -> int:
+        """Brings prefixes into prefix slots (or rows' own): from the pool, or read now.
+
+        Returns how many had to be read.
+        """
+        missing: dict[Roles, list[Wanted]] = defaultdict(list)
+        for want in wanted:
+            absent = set(want.roles)
+            for role in want.roles:
+                if (entry := self.pool.get((role, want.tokens))) is not None:
+                    self._copy(entry, role, want.slots, prefix)
+                    absent.discard(role)
+            if absent:
+                missing[BOTH if self._before_needs_after else frozenset(absent)].append(want)
+        for roles, wants in missing.items():
+            for piece in self._pieces(wants, roles):
+                self._read(piece, roles, prefix)
+        return sum(len(wants) for wants in missing.values())
+
+    def _pieces(self, wants: list[Wanted], roles: Roles) -> list[list[Wanted]]:
+        """Similar lengths together: less padding. At most prefill_tokens, or one prompt."""
+        pieces: list[list[Wanted]] = []
+        limit = self._prefill_tokens // self._rows(roles)
+        for want in sorted(wants, key=lambda want: len(want.tokens)):
+            if not pieces or (len(pieces[-1]) + 1) * len(want.tokens) > limit:
+                pieces.append([])
+            pieces[-1].append(want)
+        return pieces
+
+    def _rows(self, roles: Roles) -> int:
+        """Rows that one pass has for every prompt."""
+        return max(sum(role in roles for role in runner.roles) for runner in self._runners)
+
+    def _read(self, piece: list[Wanted], roles: Roles, prefix: bool) -> None:
+        longest = max(len(want.tokens) for want in piece)
+        padded = torch.tensor(
+            [[*want.tokens, *[0] * (longest - len(want.tokens))] for want in piece],
+            device=self._device,
+        )  # (P, T)
+        columns = max(1, self._prefill_tokens // (len(piece) * self._rows(roles)))
+        runners = [r for r in self._runners if not roles.isdisjoint(r.roles)]
+        caches = {runner: DynamicCache() for runner in runners}
+        # A bare DynamicCache keeps every column; one made from the config would drop real
+        # tokens of shorter rows on sliding-window layers.
+        for start in range(0, longest, columns):
+            ids = padded[:, start : start + columns]
+
+            def run(runner: ModelRunner, ids: Tensor = ids, start: int = start) -> None:
+                mine = [role for role in runner.roles if role in roles]
+                runner.read(ids.to(runner.device), start, mine, caches[runner])
+
+            self._each(run, runners)
+        self.prefilled_tokens += sum(len(want.tokens) for want in piece)
+        for runner in runners:
+            mine = [role for role in runner.roles if role in roles]
+            for i, role in enumerate(mine):
+                for row, want in enumerate(piece):
+                    entry = _row(caches[runner], row * len(mine) + i, len(want.tokens))
+                    if self.pool.capacity:
+                        entry = [(key.clone(), value.clone()) for key, value in entry]
+                        self.pool.put((role, want.tokens), entry)
+                    if role in want.roles:
+                        self._copy(entry, role, want.slots, prefix)
+
+    def _copy(self, entry: PrefixKV, role: Role, slots: Sequence[int], prefix: bool) -> None:
+        (runner,) = (r for r in self._runners if role in r.roles)
+        for slot in slots:
+            runner.slots.fill(slot, runner.lanes.index(role), entry, prefix=prefix)
+
+    # -- slots -------------------------------------------------------------------------
+
+    def move(self, source: int, target: int, used: int, *, prefix: bool = False) -> None:
+        for runner in self._runners:
+            runner.slots.move(source, target, used, prefix=prefix)
+
+    def clear(self, slot: int, *, prefix: bool = False) -> None:
+        for runner in self._runners:
+            runner.slots.clear(slot, prefix=prefix)
+
+    def reset(self) -> None:
+        for runner in self._runners:
+            runner.slots.reset()
+
+    def weight_bytes(self, needs: Roles) -> int:
+        """Bytes of weights that a decode step reads: all but the input embedding's table."""
+        seen: dict[int, int] = {}
+        for runner in self._runners:
+            if not needs.isdisjoint(runner.roles):
+                seen.update(runner.weights_read())
+        return sum(seen.values())
+
+
+def _row(cache: DynamicCache, row: int, length: int) -> PrefixKV:
+    """A prefix's keys and values out of a pass over several: views [H, T, D]."""
+    return [
+        (layer.keys[row, :, :length], layer.values[row, :, :length])
+        for layer in cache.layers
+        if layer.keys is not None
+    ]

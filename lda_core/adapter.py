@@ -139,6 +139,13 @@ def stack_adapter(model: PreTrainedModel, folder: Path) -> Lanes:
     return lanes
 
 
+def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`model` with an adapter merged into its weights (peft). Raises CheckpointError."""
+    with _checkpoint_errors(folder):
+        merged: PreTrainedModel = load_adapter(model, folder).merge_and_unload(safe_merge=True)
+    return merged.eval()
+
+
 def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     """`model` wrapped by peft, in place. Missing tensors are an error (UserWarning)."""
     with warnings.catch_warnings():

@@ -9,6 +9,7 @@ Shapes: B rows, V vocabulary, P prompts, T tokens.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -43,17 +44,20 @@ class Lockstep:
 
     def __init__(self, pair: ModelPair, *, at_once: bool | None = None) -> None:
         """`at_once`: the two models in two threads; None: if their devices differ."""
-        if pair.switch is not None:
-            self._runners = [ModelRunner(pair.after, "after", pair.switch)]
-        else:
-            # In this order: what *before* shares with *after*, after computes.
-            self._runners = [ModelRunner(pair.after, "after"), ModelRunner(pair.before, "before")]
+        self._trunk = pair.trunk
+        with self._shared_trunk():
+            if pair.stacked is not None:
+                self._runners = [ModelRunner(pair.stacked.model, "after", pair.stacked.switch)]
+            else:  # in this order: the layers that both share, *after* computes
+                self._runners = [
+                    ModelRunner(pair.after, "after"),
+                    ModelRunner(pair.before, "before"),
+                ]
+            self.shares_prefixes = all(runner.shares_prefixes() for runner in self._runners)
         self._device = pair.device
-        self._before_needs_after = pair.common_layers > 0
         if at_once is None:
             at_once = len({runner.device for runner in self._runners}) > 1
         self._thread = ThreadPoolExecutor(1, "lda-before") if at_once else None
-        self.shares_prefixes = all([runner.shares_prefixes() for runner in self._runners])
         self.kv_bytes_per_token = sum(runner.kv_bytes_per_token for runner in self._runners)
         self.prefilled_tokens = 0
 
@@ -80,8 +84,7 @@ class Lockstep:
         self, step: StepInput, needs: Roles, lap: Callable[[str], None]
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits [B, V] of *after* and of *before*, on after's device; None where not needed."""
-        if self._before_needs_after:
-            needs = BOTH
+        needs = self._with_trunk(needs)
         runners = [r for r in self._runners if not needs.isdisjoint(r.roles)]
 
         def run(runner: ModelRunner) -> dict[Role, Tensor]:
@@ -91,11 +94,19 @@ class Lockstep:
             return logits
 
         found: dict[Role, Tensor] = {}
-        for logits in self._each(run, runners):
-            found.update({role: x.to(self._device) for role, x in logits.items()})
+        with self._shared_trunk():
+            for logits in self._each(run, runners):
+                found.update({role: x.to(self._device) for role, x in logits.items()})
         if self._thread is not None:
             lap("after")
         return found.get("after"), found.get("before")
+
+    def _shared_trunk(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._trunk is None else self._trunk.use()
+
+    def _with_trunk(self, needs: Roles) -> Roles:
+        """*before* takes its first layers' output from *after*, where they share them."""
+        return BOTH if self._trunk is not None and "before" in needs else needs
 
     def _each(self, call: Callable[[ModelRunner], T], runners: Sequence[ModelRunner]) -> list[T]:
         if self._thread is None or len(runners) == 1:
@@ -123,7 +134,7 @@ class Lockstep:
                     self._copy(entry, role, want.slots, prefix)
                     absent.discard(role)
             if absent:
-                missing[BOTH if self._before_needs_after else frozenset(absent)].append(want)
+                missing[self._with_trunk(frozenset(absent))].append(want)
         for roles, wants in missing.items():
             for piece in self._pieces(wants, roles):
                 self._read(piece, roles, prefix)
@@ -161,7 +172,8 @@ class Lockstep:
                 mine = [role for role in runner.roles if role in roles]
                 runner.read(ids.to(runner.device), start, mine, caches[runner])
 
-            self._each(run, runners)
+            with self._shared_trunk():
+                self._each(run, runners)
         self.prefilled_tokens += sum(len(want.tokens) for want in piece)
         for runner in runners:
             mine = [role for role in runner.roles if role in roles]

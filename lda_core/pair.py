@@ -1,26 +1,33 @@
 """The pair: two models, one tokenizer, and what they have in common."""
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-import peft
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from lda_core import checkpoint, vocabulary
-from lda_core.adapter import Lanes
+from lda_core.adapter import Lane, Lanes, NotStackable, merge_adapter, stack_adapter
 from lda_core.architectures import require_exact
 from lda_core.config import PairConfig
-from lda_core.errors import CheckpointError, ConfigError
+from lda_core.errors import ConfigError
+from lda_core.sharing import SharedTrunk, share_identical
 from lda_core.vocabulary import Comparison
+
+GIB = 1024**3
+
+
+class Stacked(NamedTuple):
+    """A model that computes both of a pair in one pass, and the switch between its modes."""
+
+    model: PreTrainedModel
+    switch: Lanes
 
 
 @dataclass(frozen=True, eq=False)
 class ModelPair:
-    """*after* and *before* on one device.
+    """*after* and *before*, on one device or on one each.
 
     Attributes:
       vocab_size: V, the part of the two output layers that both have; tokens are mixed, drawn
@@ -31,6 +38,9 @@ class ModelPair:
       notices: harmless oddities, to be shown at start.
       files: weight files by role ("after", "before", "adapter") and the tokenizer's folder;
         empty for a pair made in memory.
+      stacked: where *after* is *before* plus an adapter and both run as one pass; `after` and
+        `before` are then two views of it.
+      trunk: where the first layers of both are the same, and computed once.
     """
 
     after: PreTrainedModel
@@ -42,8 +52,8 @@ class ModelPair:
     comparison: Comparison
     notices: tuple[str, ...] = ()
     files: dict[str, list[Path]] = field(default_factory=dict)
-    switch: Lanes | None = None
-    common_layers: int = 0
+    stacked: Stacked | None = None
+    trunk: SharedTrunk | None = None
 
     @classmethod
     def load(cls, config: PairConfig) -> Self:
@@ -88,7 +98,14 @@ class ModelPair:
             if role != "adapter":
                 models[role], more = checkpoint.load_model(folder, **loading)
                 notices += more
-        if "adapter" in folders:
+        stacked: Stacked | None = None
+        if "adapter" in folders and config.adapter_mode == "stacked":
+            try:
+                switch = stack_adapter(models["before"], folders["adapter"])
+                stacked = Stacked(models["before"], switch)
+            except NotStackable as reason:
+                notices.append(f"the pair runs as two models: {reason}")
+        if "adapter" in folders and stacked is None:
             again, _ = checkpoint.load_model(folders["before"], **loading)
             models["after"] = merge_adapter(again, folders["adapter"])
 
@@ -105,9 +122,15 @@ class ModelPair:
         bos = tokenizer.bos_token_id
         if bos is not None and config.add_bos_token is None and bos not in tokenizer.encode("a"):
             notices.append(f"prompts do not begin with {tokenizer.bos_token} (see add_bos_token)")
-        after, before = models["after"], models["before"]
+        after, before = models.get("after"), models["before"]
         return cls.of(
-            after, before, tokenizer, before_tokenizer, notices=tuple(notices), files=files
+            after or before,
+            before,
+            tokenizer,
+            before_tokenizer,
+            notices=tuple(notices),
+            files=files,
+            stacked=stacked,
         )
 
     @classmethod
@@ -120,8 +143,12 @@ class ModelPair:
         *,
         notices: tuple[str, ...] = (),
         files: dict[str, list[Path]] | None = None,
+        stacked: Stacked | None = None,
     ) -> Self:
         """A pair of models in memory. `before_tokenizer` None: both have the same.
+
+        Tensors that are the same in both are kept once, and leading layers that are, computed
+        once. `stacked`: both models are in there.
 
         Raises UnsupportedArchitecture, IncompatibleTokenizers.
         """
@@ -135,6 +162,17 @@ class ModelPair:
                 f"output layers of {widths[0]} (after) and {widths[1]} (before) tokens are mixed "
                 f"on the common {min(widths)}",
             )
+        trunk = None
+        if stacked is not None:
+            after, before = (Lane(*stacked, mode) for mode in ("after", "before"))
+        elif after is not before:
+            if (saved := share_identical(after, before)) > 0:
+                notices = (*notices, f"{saved / GIB:.2f} GiB are the same in both and kept once")
+            trunk = SharedTrunk(after, before)
+            if trunk.layers:
+                notices = (*notices, f"the first {trunk.layers} layers are computed once for both")
+            else:
+                trunk = None
         return cls(
             after=after.eval(),
             before=before.eval(),
@@ -145,25 +183,14 @@ class ModelPair:
             comparison=comparison,
             notices=(*notices, *comparison.notices),
             files=files or {},
+            stacked=stacked,
+            trunk=trunk,
         )
 
     @property
     def device(self) -> torch.device:
         device: torch.device = self.after.device
         return device
-
-
-def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """`model` with a LoRA adapter merged into its weights (peft). Raises CheckpointError."""
-    try:
-        with warnings.catch_warnings():
-            # peft only warns of missing tensors, and an adapter that was not read is *before*.
-            warnings.filterwarnings("error", message=".*missing adapter keys", category=UserWarning)
-            adapted = peft.PeftModel.from_pretrained(model, str(folder), local_files_only=True)
-        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, UserWarning) as error:
-        raise CheckpointError(f"{folder}: the adapter does not fit: {error}") from error
-    return merged.eval()
 
 
 def _width(model: PreTrainedModel) -> int:

@@ -1,6 +1,7 @@
 """A LoRA pair both ways: one stacked pass over one copy of the weights, or two merged models."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -64,7 +65,14 @@ def decode_seconds(pair: ModelPair, rows: int, steps: int) -> float:
 def peak_bytes(folder: Path, mode: Mode) -> int:
     """Peak resident memory of loading and decoding in a process of its own, its imports less."""
     command = [sys.executable, "-m", "benchmarks.lora_memory", "--mode", mode, "--folder"]
-    done = subprocess.run([*command, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore::FutureWarning"}
+    done = subprocess.run(
+        [*command, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, **quiet, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
     return int(json.loads(done.stdout)["peak_bytes"])
 
 

@@ -67,10 +67,14 @@ def decode_only(vocab: int, rows: int, prompt_tokens: int, max_new_tokens: int) 
     ]
 
 
-def shuffled(requests: Sequence[Request]) -> list[Request]:
-    order = list(requests)
-    random.Random(0).shuffle(order)
-    return order
+def returning(vocab: int, prompts: int, samples: int) -> list[Request]:
+    """Long prompts whose rows come mixed: one is asked again when its last row has long left.
+
+    W2 would show nothing of a pool, because one of its two prompts' rows is always live.
+    """
+    requests = sweep(random_prompts(prompts, (150, 200), vocab), (1.0,), samples, 32)
+    random.Random(0).shuffle(requests)
+    return requests
 
 
 def arrivals(rows: int, rate: float) -> list[float]:

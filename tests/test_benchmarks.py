@@ -127,9 +127,10 @@ def test_the_engine_lets_rows_join_and_leave(
 
     monkeypatch.setattr(decoder, "step", one_second)
     requests = [
-        Request((5, 6), max_new_tokens=length, ignore_eos=True, seed=length) for length in (9, 2, 3)
+        Request((5, 6), max_new_tokens=length, ignore_eos=True, seed=length)
+        for length in (9, 2, 3, 4)
     ]
-    assert poisson.engine_latencies(decoder, requests, [0, 4, 60], clock) == [9, 2, 3]
+    assert poisson.engine_latencies(decoder, requests, [0, 4, 4, 60], clock) == [9, 2, 3, 4]
 
 
 def test_percentile() -> None:
@@ -141,6 +142,15 @@ def test_percentile() -> None:
 def test_arrivals_come_at_their_rate() -> None:
     times = workloads.arrivals(2000, rate=4.0)
     assert times == sorted(times) and 450 < times[-1] < 550
+
+
+def test_a_pool_saves_reading_in_the_pools_workload(pair: ModelPair) -> None:
+    read = []
+    for pool in (None, 0):
+        decoder = Engine(pair, EngineConfig(max_slots=4, prefix_pool_bytes=pool))
+        decoder.generate(workloads.returning(pair.vocab_size, prompts=6, samples=3))
+        read.append(decoder.stats.prefilled_tokens)
+    assert read[0] * 1.5 < read[1]
 
 
 def test_flips_are_counted_from_the_first_difference() -> None:
@@ -175,8 +185,10 @@ def test_the_benchmark_gives_every_key(monkeypatch: pytest.MonkeyPatch) -> None:
         uniform_rows=(2, 3),
         uniform_tokens=4,
         pool_slots=2,
+        pool_prompts=3,
+        pool_samples=2,
         lora_steps=2,
-        arrivals=6,
+        arrivals=9,
         steps=2,
         rows=4,
         tiny_prompts=1,

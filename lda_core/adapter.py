@@ -32,11 +32,13 @@ Mode = Literal["both", "after", "before"]
 # be at its default, so that what a later peft invents is refused and not ignored.
 _HARMLESS = frozenset(
     """alpha_pattern auto_mapping base_model_name_or_path exclude_modules fan_in_fan_out
-    inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout
+    inference_mode layers_pattern layers_to_transform lora_alpha lora_dropout
     peft_type peft_version qalora_group_size r rank_pattern revision target_modules task_type
     use_rslora""".split()
 )
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal")  # the others change the base weights
+# What peft raises for files that are missing, broken or of another model.
+_FAULTS = (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError, UserWarning)
 
 
 class NotStackable(Exception):
@@ -126,7 +128,7 @@ def stack_adapter(model: PreTrainedModel, folder: Path) -> Lanes:
         config = peft.PeftConfig.from_pretrained(str(folder), local_files_only=True)
     _require_plain(config)
     with _checkpoint_errors(folder):
-        adapted = load_adapter(model, folder)
+        adapted = _adapted(model, folder)
         try:
             layers = _lora_layers(model)
             factors = {name: _factors(name, layer) for name, layer in layers.items()}
@@ -140,13 +142,13 @@ def stack_adapter(model: PreTrainedModel, folder: Path) -> Lanes:
 
 
 def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """`model` with an adapter merged into its weights (peft). Raises CheckpointError."""
+    """`model` with any adapter of peft's merged into its weights. Raises CheckpointError."""
     with _checkpoint_errors(folder):
-        merged: PreTrainedModel = load_adapter(model, folder).merge_and_unload(safe_merge=True)
+        merged: PreTrainedModel = _adapted(model, folder).merge_and_unload(safe_merge=True)
     return merged.eval()
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
+def _adapted(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     """`model` wrapped by peft, in place. Missing tensors are an error (UserWarning)."""
     with warnings.catch_warnings():
         # peft only warns of missing tensors, and an adapter that was not read is *before*.
@@ -158,9 +160,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
 def _checkpoint_errors(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: the adapter does not fit: {error}") from error
-    except UserWarning as error:
+    except _FAULTS as error:
         raise CheckpointError(f"{folder}: the adapter does not fit: {error}") from error
 
 
@@ -174,7 +174,7 @@ def _require_plain(config: peft.PeftConfig) -> None:
         same = value == getattr(plain, name) or not (value or getattr(plain, name))
         if name == "init_lora_weights":
             same = value in _HARMLESS_INITS
-        if not same and (name not in _HARMLESS or name == "init_lora_weights"):
+        if not same and name not in _HARMLESS:
             raise NotStackable(f"the adapter is not plain LoRA: {name} is {value!r}")
 
 

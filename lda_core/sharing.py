@@ -28,10 +28,10 @@ def share_identical(after: PreTrainedModel, before: PreTrainedModel) -> int:
     Returns the bytes saved. What is tied stays tied: each parameter stays the object it was.
     """
     theirs = dict(_tensors(after))
-    shared: set[Tensor] = set()  # a tied tensor comes once for each of its names
+    shared: set[Tensor] = set()  # a set: a tied tensor comes once for each of its names
     for name, tensor in _tensors(before):
         same = theirs.get(name)
-        if same is None or tensor in shared or same.data_ptr() == tensor.data_ptr():
+        if same is None or same.data_ptr() == tensor.data_ptr():
             continue
         if _identical(same, tensor):
             tensor.data = same.data

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from lda_core.adapter import Lane, NotStackable, stack_adapter
+from lda_core.adapter import Lane, NotStackable, merge_adapter, stack_adapter
 from lda_core.errors import CheckpointError
 
 IDS = torch.arange(3, 31).view(4, 7)
@@ -79,7 +79,9 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 def test_both_lanes_are_the_two_models(
     model_type: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    after = random_adapter(tmp_path, model_type, **settings).merge_and_unload(safe_merge=True)
+    adapted = random_adapter(tmp_path, model_type, **settings)
+    after = merge_adapter(plain(model_type), tmp_path)
+    close(logits(after, IDS), logits(adapted, IDS))
     before, model = plain(model_type), plain(model_type)
     lanes = stack_adapter(model, tmp_path)
     caches = [DynamicCache() for _ in range(3)]
@@ -229,8 +231,9 @@ def test_a_faulty_adapter_is_a_checkpoint_error(fault: str, tmp_path: Path) -> N
         file.write_bytes(file.read_bytes()[:-100])
     elif fault == "no weights":
         file.unlink()
-    with pytest.raises(CheckpointError, match=str(tmp_path)):
-        stack_adapter(plain(), tmp_path)
+    for use in (stack_adapter, merge_adapter):
+        with pytest.raises(CheckpointError, match=f"{tmp_path}: the adapter does not fit"):
+            use(plain(), tmp_path)
 
 
 def test_a_folder_without_a_config_is_a_checkpoint_error(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ QUICK = Scale(
     pool_prompts=10,
     pool_samples=3,
     lora_steps=12,
-    arrivals=12,
+    arrivals=16,
     steps=8,
     tiny_prompts=4,
 )
@@ -166,15 +166,14 @@ class Bench:
             baselines.batched(self.pair, [requests[i] for i in rows], STATIC_BATCH)
 
         for _ in range(2):  # the first is the warm-up
-            start = time.perf_counter()
+            clock = poisson.WorkClock()
             serve(list(range(STATIC_BATCH)))
-            seconds = time.perf_counter() - start
-        rate = LOAD * STATIC_BATCH / seconds
+        rate = LOAD * STATIC_BATCH / clock.now()
         times = workloads.arrivals(len(requests), rate)
         engine = Engine(self.pair, EngineConfig(max_slots=64))
         latencies = {
-            "ours": poisson.engine_latencies(engine, requests, times, poisson.WallClock()),
-            "static": poisson.static_latencies(times, serve, STATIC_BATCH, poisson.WallClock()),
+            "ours": poisson.engine_latencies(engine, requests, times, poisson.WorkClock()),
+            "static": poisson.static_latencies(times, serve, STATIC_BATCH, poisson.WorkClock()),
         }
         p95 = {name: poisson.percentile(values, 0.95) for name, values in latencies.items()}
         title = (

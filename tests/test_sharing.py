@@ -95,6 +95,17 @@ def test_a_tied_before_shares_the_embedding_of_an_untied_after() -> None:
     assert torch.equal(logits(before), wanted)
 
 
+def test_an_untied_before_shares_both_with_a_tied_after() -> None:
+    after = model("llama", tie_word_embeddings=True)
+    before = model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        for module in (before.model.embed_tokens, before.lm_head):
+            module.weight.copy_(after.lm_head.weight)
+    assert share_identical(after, before) >= 2 * after.lm_head.weight.nbytes
+    pointers = {m.weight.data_ptr() for m in (before.model.embed_tokens, before.lm_head)}
+    assert pointers == {after.lm_head.weight.data_ptr()}
+
+
 def test_identical_means_to_the_bit() -> None:
     after, before = model("llama"), model("llama")
     names = ["q_proj", "k_proj", "v_proj"]

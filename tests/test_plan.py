@@ -14,9 +14,9 @@ import yaml
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from lda_core import ConfigError, ModelPair, PairConfig, checkpoint
+from lda_core import ConfigError, LDAError, ModelPair, PairConfig, checkpoint
 from lda_core import plan as planner
-from lda_core.memory import GIB, pair_bytes
+from lda_core.memory import GIB, model_bytes, pair_bytes
 from lda_core.model_runner import kv_bytes_per_token
 
 ROOT = Path(__file__).parent.parent
@@ -127,7 +127,9 @@ def test_the_shipped_config_equals_the_loaded_pair(
     on_cpu = planned(capsys, write(tmp_path, {**BOTH, "device": "cpu"}), gib="8")
     for got, pair in ((made, half), (on_cpu, tiny_pair)):
         b = got["devices"][0]["budget"]
-        assert b["weights"] == pair_bytes(pair.after, pair.before)
+        assert b["weights"] == model_bytes(pair.after) + model_bytes(pair.before)
+        # Only the loaded pair can show tensors that are the same in both: here of RoPE.
+        assert b["weights"] - 1024 <= pair_bytes(pair.after, pair.before) <= b["weights"]
         assert b["kv_per_token"] == sum(map(kv_bytes_per_token, (pair.after, pair.before)))
         assert got["context_length"] == pair.context_length and not got["notices"]
     assert [m["dtype"] for m in made["models"]] == ["float16", "float16"]
@@ -141,6 +143,13 @@ def test_the_shipped_adapter_equals_its_file(
     with safe_open(TINY / "after-lora" / "adapter_model.safetensors", "pt") as file:
         numbers = sum(file.get_tensor(key).numel() for key in file.keys())
     assert made["models"][1]["weights"] == 2 * numbers
+
+
+def test_short_rows_have_a_prompt_of_one_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = planned(capsys, write(tmp_path, BOTH), "--lengths", "2", "20", "100", gib="8")
+    assert [(at["prompt"], at["new"]) for at in made["rows"]] == [(1, 1), (1, 19), (36, 64)]
 
 
 # -- devices -----------------------------------------------------------------------------
@@ -158,10 +167,14 @@ def test_two_devices_have_a_budget_each_and_the_smaller_rules(
         assert b["weights"] / GIB == pytest.approx(25.1 / 2, rel=0.01)
         assert b["kv_per_token"] == 512 * 1024
     assert budgets["after"]["kv_tokens"] > budgets["before"]["kv_tokens"] == made["kv_tokens"]
+    # A prefill piece of one model and its copy; on one device of both.
+    piece = 2048 * 512 * 1024
+    assert 2 <= budgets["before"]["activations"] / piece < 2.1
     # One size stands for both; the same GPU under two names is one.
     assert len(planned(capsys, write(tmp_path, pair))["devices"]) == 2
     one = {**pair, "before_device": "cuda:0"}
-    assert len(planned(capsys, write(tmp_path, one))["devices"]) == 1
+    (device,) = planned(capsys, write(tmp_path, one), gib="60")["devices"]
+    assert 3 <= device["budget"]["activations"] / piece < 3.1
 
 
 def test_a_device_map_adds_the_devices_up(
@@ -187,6 +200,10 @@ def test_settings_of_the_engine_are_taken(
     less = planned(capsys, write(tmp_path, BOTH, max_slots=5, prefill_tokens=40), gib="8")
     active = [m["devices"][0]["budget"]["activations"] for m in (more, less)]
     assert active[0] > 5 * active[1]
+    name = "meta-llama/Llama-2-7b-hf"
+    llama = write(tmp_path, {"before": name, "after": name}, prefill_tokens=4096)
+    made = planned(capsys, llama)
+    assert 6 <= made["devices"][0]["budget"]["activations"] / GIB < 6.1
 
 
 # -- no weights, no network --------------------------------------------------------------
@@ -356,6 +373,20 @@ def test_a_model_that_cannot_be_served_is_refused(
     assert planner.main(["--config", str(config), "--gpu-gib", "8"]) == 2
     err = capsys.readouterr().err
     assert words in err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"auto_map": {}}, "asks to run code"), ({"model_type": "bloom"}, "bloom")],
+)
+def test_a_cached_model_is_checked_too(
+    change: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **change}))
+    cached = str(tmp_path / "config.json")
+    monkeypatch.setattr(planner, "try_to_load_from_cache", lambda *args, **options: cached)
+    with pytest.raises(LDAError, match=words):
+        planner.model_shape("some/one", None)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(

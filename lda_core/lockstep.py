@@ -128,12 +128,14 @@ class Lockstep:
         """
         missing: dict[Roles, list[Wanted]] = defaultdict(list)
         for want in wanted:
+            want = want._replace(roles=self._with_trunk(want.roles))
             absent = set(want.roles)
             for role in want.roles:
                 if (entry := self.pool.get((role, want.tokens))) is not None:
                     self._copy(entry, role, want.slots, prefix)
                     absent.discard(role)
             if absent:
+                # Which may be *before* alone, where its trunk needs both.
                 missing[self._with_trunk(frozenset(absent))].append(want)
         for roles, wants in missing.items():
             for piece in self._pieces(wants, roles):

@@ -15,7 +15,7 @@ from lda_core.errors import ConfigError
 from lda_core.sharing import SharedTrunk, share_identical
 from lda_core.vocabulary import Comparison
 
-GIB = 1024**3
+MIB = 1024**2
 
 
 class Stacked(NamedTuple):
@@ -166,8 +166,9 @@ class ModelPair:
         if stacked is not None:
             after, before = (Lane(*stacked, mode) for mode in ("after", "before"))
         elif after is not before:
-            if (saved := share_identical(after, before)) > 0:
-                notices = (*notices, f"{saved / GIB:.2f} GiB are the same in both and kept once")
+            saved = share_identical(after, before)
+            if saved >= MIB:  # not worth a word for the tables of a rotation
+                notices = (*notices, f"{saved // MIB} MiB are the same in both and kept once")
             trunk = SharedTrunk(after, before)
             if trunk.layers:
                 notices = (*notices, f"the first {trunk.layers} layers are computed once for both")

@@ -76,6 +76,8 @@ class EngineConfig:
       prefix_pool_bytes: keys and values of prompts read before are kept up to this much, so that
         a prompt that comes again is not read again; 0 keeps none. None is 256 MiB on a CPU, on a
         GPU a twentieth of what is free after loading.
+      share_prefixes: samples of one prompt hold its keys and values once; off, each holds a copy
+        (for comparison; architectures that cannot share always do).
       cuda_graphs: replay a step's kernels from recorded graphs (on a GPU): the host's share of a
         step goes.
     """
@@ -85,6 +87,7 @@ class EngineConfig:
     prefill_tokens: int = 2048
     context_length: int | None = None
     prefix_pool_bytes: int | None = None
+    share_prefixes: bool = True
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ class Drawer:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets that rows needed many candidates; other rows may not."""
+        """For other rows: these may not need as many candidates."""
         self._candidates = CANDIDATES
 
     def __call__(
@@ -54,7 +54,7 @@ class Drawer:
         if all(ok) and all(certain):
             return tokens, Draw([int(i) for i in drawn], _zip(values), [False] * len(drawn))
         if not all(certain):
-            self._candidates = min(self._vocab, 8 * self._candidates)
+            self._candidates = min(self._vocab, 2 * self._candidates)
         return self._with_care(after, before, state)
 
     def _with_care(

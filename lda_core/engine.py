@@ -69,7 +69,7 @@ class Engine:
         self.clock: StageClock | None = None
         self._stats = EngineStats()
         with torch.inference_mode():
-            self._pair = Lockstep(pair)
+            self._pair = Lockstep(pair, share_prefixes=self.config.share_prefixes)
             self.kv_tokens, pool_bytes = self._memory()
             self._pair.allocate(self.kv_tokens, pool_bytes, self.config.prefill_tokens)
         self._draw = Drawer(pair.vocab_size)
@@ -239,6 +239,8 @@ class Engine:
             new.append(self._waiting.popleft())
         if not new:
             return
+        if not self._rows:
+            self._draw.reset()
         live = list(prefixes.values())
         self._lay_out(self._rows + new, live)
         self._fill(new, live)
@@ -248,7 +250,6 @@ class Engine:
         self._rows += new
         self._prefixes = live
         self._joining, self._state = [], None
-        self._draw.reset()
 
     def _lay_out(self, rows: Sequence[Row], prefixes: Sequence[Prefix]) -> None:
         """Room for these rows and prefixes, which are within the budget."""

@@ -42,7 +42,9 @@ class Lockstep:
       prefilled_tokens: read from prompts, counted once for both models.
     """
 
-    def __init__(self, pair: ModelPair, *, at_once: bool | None = None) -> None:
+    def __init__(
+        self, pair: ModelPair, *, share_prefixes: bool = True, at_once: bool | None = None
+    ) -> None:
         """`at_once`: the two models in two threads; None: if their devices differ."""
         self._trunk = pair.trunk
         with self._shared_trunk():
@@ -53,7 +55,9 @@ class Lockstep:
                     ModelRunner(pair.after, "after"),
                     ModelRunner(pair.before, "before"),
                 ]
-            self.shares_prefixes = all(runner.shares_prefixes() for runner in self._runners)
+            self.shares_prefixes = share_prefixes and all(
+                runner.shares_prefixes() for runner in self._runners
+            )
         self._device = pair.device
         if at_once is None:
             at_once = len({runner.device for runner in self._runners}) > 1

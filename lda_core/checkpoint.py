@@ -96,9 +96,17 @@ def weight_files(folder: Path, *, allow_pickle: bool) -> list[Path]:
 
 
 def load_model(
-    folder: Path, *, dtype: str, device: torch.device, allow_pickle: bool
+    folder: Path,
+    *,
+    dtype: str,
+    device: torch.device,
+    allow_pickle: bool,
+    device_map: str | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model in eval mode on `device`, and notices. Raises CheckpointError."""
+    """The model in eval mode on `device`, and notices. Raises CheckpointError.
+
+    `device_map`: spread over the devices in sight instead (accelerate's words).
+    """
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: has no config.json")
     files = weight_files(folder, allow_pickle=allow_pickle)
@@ -106,7 +114,7 @@ def load_model(
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map=None if device.type == "cpu" else {"": device},
+            device_map=device_map or (None if device.type == "cpu" else {"": device}),
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=files[0].suffix == ".safetensors",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lda_core import memory
 from lda_core.batch import BatchState, Prefix, Row
 from lda_core.config import EngineConfig
 from lda_core.detokenize import Text, completion_text, cut_at_stop, hits_stop
@@ -31,10 +32,8 @@ _COLUMN_STEP = 64
 _PREFIX_SLOTS = 8
 # Key/value memory where the config names none: on a CPU at most this much of it,
 _CPU_KV_BYTES = 2 * 1024**3
-# on a GPU this share of what is free after loading (the rest is for activations).
-_GPU_KV_SHARE = 0.85
 _CPU_POOL_BYTES = 256 * 1024**2
-_GPU_POOL_SHARE = 0.05
+# on a GPU what the rule of `lda_core.memory` leaves of what is free after loading.
 # After running out of memory fewer rows decode together; twice as many again after so many steps
 # without.
 _CALM_STEPS = 4096
@@ -69,7 +68,11 @@ class Engine:
         self.clock: StageClock | None = None
         self._stats = EngineStats()
         with torch.inference_mode():
-            self._pair = Lockstep(pair, share_prefixes=self.config.share_prefixes)
+            self._pair = Lockstep(
+                pair,
+                share_prefixes=self.config.share_prefixes,
+                graphs=self.config.cuda_graphs,
+            )
             self.kv_tokens, pool_bytes = self._memory()
             self._pair.allocate(self.kv_tokens, pool_bytes, self.config.prefill_tokens)
         self._draw = Drawer(pair.vocab_size)
@@ -431,7 +434,7 @@ class Engine:
         for row in new:
             row.prefix = None
         self._waiting.extendleft(reversed(new))
-        self._pair.pool.clear()
+        self._pair.give_back()
         gc.collect()
         torch.cuda.empty_cache()
         tried = len(self._rows) + len(new)
@@ -470,23 +473,48 @@ class Engine:
 
     def _memory(self) -> tuple[int, int]:
         """Tokens of keys and values, and bytes of prompts read before."""
-        per_token = self._pair.kv_bytes_per_token
-        device, pool = self.pair.device, self.config.prefix_pool_bytes
-        if device.type == "cuda":
+        pool = self.config.prefix_pool_bytes
+        by_device = self._pair.kv_bytes_by_device()
+        if self.pair.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
-            free = torch.cuda.mem_get_info(device)[0]
-            pool = int(free * _GPU_POOL_SHARE) if pool is None else pool
-            # A prefill's own keys and values, model by model.
-            memory = int((free - pool) * _GPU_KV_SHARE)
-            memory -= self.config.prefill_tokens * per_token // 2
+            free = {device: torch.cuda.mem_get_info(device)[0] for device in by_device}
+            pool = memory.prefix_pool_bytes(pool, min(free.values()))
+            tokens = min(
+                memory.budget(
+                    free[device],
+                    weights=0,
+                    activations=self._activations(len(by_device)),
+                    prefix_pool=pool,
+                    kv_per_token=per_token,
+                    reserve=0,
+                ).kv_tokens
+                for device, per_token in by_device.items()
+            )
         else:
-            memory = _CPU_KV_BYTES
             pool = _CPU_POOL_BYTES if pool is None else pool
-        tokens = min(self.config.max_slots * self.context_length, memory // per_token)
+            tokens = _CPU_KV_BYTES // sum(by_device.values())
+        tokens = min(self.config.max_slots * self.context_length, tokens)
         if tokens < 1:
-            raise ConfigError(f"kv_tokens: no memory is left for keys and values on {device}")
+            raise ConfigError(
+                f"kv_tokens: no memory is left for keys and values on {self.pair.device}"
+            )
         return self.config.kv_tokens or tokens, pool
+
+    def _activations(self, devices: int) -> int:
+        """Bytes of the larger model's prefill piece or step."""
+        models = 1 if self.pair.stacked is not None or devices > 1 else 2
+        return max(
+            memory.activation_bytes(
+                model.config,
+                vocab=self.pair.vocab_size,
+                rows=self.config.max_slots,
+                prefill_tokens=self.config.prefill_tokens,
+                dtype_bytes=model.dtype.itemsize,
+                models=models,
+            )
+            for model in (self.pair.after, self.pair.before)
+        )
 
 
 def _extent(rows: Sequence[Row], prefixes: Sequence[Prefix]) -> tuple[int, int]:

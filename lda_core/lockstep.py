@@ -6,7 +6,7 @@ runner for a stacked pair. A model that no row needs does not run.
 Shapes: B rows, V vocabulary, P prompts, T tokens.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from lda_core.errors import ConfigError
+from lda_core.graphs import StepGraphs
 from lda_core.model_runner import ModelRunner, Role, StepInput
 from lda_core.pair import ModelPair
 from lda_core.prefix_pool import PrefixPool
@@ -43,7 +45,12 @@ class Lockstep:
     """
 
     def __init__(
-        self, pair: ModelPair, *, share_prefixes: bool = True, at_once: bool | None = None
+        self,
+        pair: ModelPair,
+        *,
+        share_prefixes: bool = True,
+        graphs: bool = False,
+        at_once: bool | None = None,
     ) -> None:
         """`at_once`: the two models in two threads; None: if their devices differ."""
         self._trunk = pair.trunk
@@ -55,15 +62,17 @@ class Lockstep:
                     ModelRunner(pair.after, "after"),
                     ModelRunner(pair.before, "before"),
                 ]
-            self.shares_prefixes = share_prefixes and all(
-                runner.shares_prefixes() for runner in self._runners
-            )
+            can_share = all(runner.shares_prefixes() for runner in self._runners)
+        self.shares_prefixes = share_prefixes and can_share
         self._device = pair.device
         if at_once is None:
             at_once = len({runner.device for runner in self._runners}) > 1
         self._thread = ThreadPoolExecutor(1, "lda-before") if at_once else None
-        self.kv_bytes_per_token = sum(runner.kv_bytes_per_token for runner in self._runners)
+        self.kv_bytes_per_token = sum(self.kv_bytes_by_device().values())
         self.prefilled_tokens = 0
+        self.graphs = StepGraphs(self._device) if graphs else None
+        if graphs and len({runner.device for runner in self._runners}) > 1:
+            raise ConfigError("cuda_graphs: both models must be on one device")
 
     def allocate(self, kv_tokens: int, pool_bytes: int, prefill_tokens: int) -> None:
         """Memory for `kv_tokens` tokens of both models, and the limits of pool and prefill."""
@@ -73,6 +82,7 @@ class Lockstep:
         self._prefill_tokens = prefill_tokens
 
     def layout(self, layout: Layout, needs: Roles, kept: Kept) -> None:
+        self._layout = layout
         for runner in self._runners:
             runner.layout(layout, self._lanes(runner, needs), kept)
 
@@ -89,21 +99,28 @@ class Lockstep:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits [B, V] of *after* and of *before*, on after's device; None where not needed."""
         needs = self._with_trunk(needs)
-        runners = [r for r in self._runners if not needs.isdisjoint(r.roles)]
+        if self.graphs is not None:
+            found = self.graphs(step, self._layout, needs, lambda step: self._run(step, needs))
+        else:
+            found = self._run(step, needs, lap)
+        if self.graphs is not None or self._thread is not None:
+            lap("after")  # one stage: both at once
+        return found.get("after"), found.get("before")
 
+    def _run(
+        self, step: StepInput, needs: Roles, lap: Callable[[str], None] | None = None
+    ) -> dict[Role, Tensor]:
         def run(runner: ModelRunner) -> dict[Role, Tensor]:
             logits = runner.decode_step(step.to(runner.device))
-            if self._thread is None:
+            if self._thread is None and lap is not None:
                 lap(runner.roles[-1])
             return logits
 
         found: dict[Role, Tensor] = {}
         with self._shared_trunk():
-            for logits in self._each(run, runners):
+            for logits in self._each(run, [r for r in self._runners if needs & {*r.roles}]):
                 found.update({role: x.to(self._device) for role, x in logits.items()})
-        if self._thread is not None:
-            lap("after")
-        return found.get("after"), found.get("before")
+        return found
 
     def _shared_trunk(self) -> AbstractContextManager[None]:
         return nullcontext() if self._trunk is None else self._trunk.use()
@@ -207,9 +224,18 @@ class Lockstep:
         for runner in self._runners:
             runner.slots.clear(slot, prefix=prefix)
 
-    def reset(self) -> None:
+    def kv_bytes_by_device(self) -> dict[torch.device, int]:
+        """Bytes that a token takes on each device, all models and layers on it together."""
+        total: Counter[torch.device] = Counter()
         for runner in self._runners:
-            runner.slots.reset()
+            total.update(runner.kv_bytes_by_device())
+        return dict(total)
+
+    def give_back(self) -> None:
+        """Everything that only saves time."""
+        self.pool.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
 
     def weight_bytes(self, needs: Roles) -> int:
         """Bytes of weights that a decode step reads: all but the input embedding's table."""

@@ -4,6 +4,7 @@ Shapes: B rows, m lanes (2 where one model computes both of a stacked pair), R =
 model sees, T tokens, V vocabulary, G prefixes, n rows of the largest group.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -56,9 +57,9 @@ class ModelRunner:
         self._model: Any = model
         self._config: Any = model.config
         self._switch = switch
+        self._takes_ours = False
         self.device = model.device
         self._probe = self._read_one_token()
-        self.kv_bytes_per_token = len(self.roles) * kv_bytes(self._probe)
 
     def _read_one_token(self) -> DynamicCache:
         """The cache after it: shape, dtype and device of every layer."""
@@ -70,21 +71,28 @@ class ModelRunner:
             )
         return cache
 
+    def kv_bytes_by_device(self) -> dict[torch.device, int]:
+        """Of one token, for all the roles this model computes."""
+        return {d: len(self.roles) * n for d, n in kv_bytes(self._probe).items()}
+
     def allocate(self, tokens: int) -> None:
         self.slots = SlotCache(self._probe, tokens * len(self.roles))
 
     def shares_prefixes(self) -> bool:
         """Whether every layer's attention takes the shared prefix; tried on one token."""
+        self._takes_ours = True
         self.slots = SlotCache(self._probe, 2)
         self.layout(Layout((), 1, 1, 1, 1), self.roles[:1], Kept(0, 0, 0, 0))
         one = torch.ones(1, dtype=torch.long, device=self.device)
         try:
             self.decode_step(StepInput(0 * one, one, one, 1, 1, 1))
         except (attention.CannotShare, RuntimeError):  # other attention: shapes that do not fit
-            return False
-        finally:
-            self.lanes = self.roles
-        return self.slots.shared_reads == len(self.slots.layers) - self.slots.skipped
+            self._takes_ours = False
+        else:
+            layers = len(self.slots.layers) - self.slots.skipped
+            self._takes_ours = self.slots.shared_reads == layers
+        self.lanes = self.roles
+        return self._takes_ours
 
     def layout(self, layout: Layout, lanes: tuple[Role, ...], kept: Kept) -> None:
         """Lays the slots out anew, with one lane for each of these roles."""
@@ -127,7 +135,7 @@ class ModelRunner:
             gather=at.gather,
             place=at.place,
         )
-        with self._mode(self.lanes), self._attention(shared=at.prefix_count > 0) as options:
+        with self._mode(self.lanes), self._attention() as options:
             output = self._model(
                 input_ids=at.tokens.unsqueeze(-1),
                 position_ids=at.positions.unsqueeze(-1),
@@ -158,9 +166,10 @@ class ModelRunner:
         return self._switch.use("both" if len(roles) == 2 else roles[0])
 
     @contextmanager
-    def _attention(self, shared: bool) -> Iterator[dict[str, Any]]:
-        """The model's own attention, or ours over shared prefixes."""
-        if not shared:
+    def _attention(self) -> Iterator[dict[str, Any]]:
+        """Ours, also where nothing is shared (on a CPU it is faster than sdpa with a mask), or
+        the model's own, where it does not take another."""
+        if not self._takes_ours:
             yield {}
             return
         own = self._config._attn_implementation
@@ -202,14 +211,14 @@ def _with_lanes(step: StepInput, m: int) -> StepInput:
     )
 
 
-def kv_bytes(cache: DynamicCache) -> int:
-    """Bytes that one token takes in the cache of a forward pass, all layers together."""
-    return sum(
-        x.shape[1] * x.shape[3] * x.element_size()
-        for layer in cache.layers
-        if layer.keys is not None
-        for x in (layer.keys, layer.values)
-    )
+def kv_bytes(cache: DynamicCache) -> Counter[torch.device]:
+    """Bytes that one token takes in the cache of a forward pass, by device."""
+    total: Counter[torch.device] = Counter()
+    for layer in cache.layers:
+        if layer.keys is not None:
+            for x in (layer.keys, layer.values):
+                total[x.device] += x.shape[1] * x.shape[3] * x.element_size()
+    return total
 
 
 @torch.inference_mode()
@@ -222,4 +231,4 @@ def probe_cache(model: PreTrainedModel) -> DynamicCache:
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """Bytes that one token takes in the model's key/value cache, all layers together."""
-    return kv_bytes(probe_cache(model))
+    return kv_bytes(probe_cache(model)).total()

@@ -12,6 +12,7 @@ from lda_core.adapter import Lane, Lanes, NotStackable, merge_adapter, stack_ada
 from lda_core.architectures import require_exact
 from lda_core.config import PairConfig
 from lda_core.errors import ConfigError
+from lda_core.head import float32_head
 from lda_core.sharing import SharedTrunk, share_identical
 from lda_core.vocabulary import Comparison
 
@@ -70,7 +71,9 @@ class ModelPair:
             "dtype": dtype,
             "device": device,
             "allow_pickle": config.allow_pickle,
+            "device_map": config.device_map,
         }
+        before_device = _device(config.before_device) if config.before_device else device
         sources = {
             "before": (config.before, config.before_revision),
             "adapter" if config.after is None else "after": (
@@ -96,10 +99,16 @@ class ModelPair:
                 continue
             files[role] = checkpoint.weight_files(folder, allow_pickle=config.allow_pickle)
             if role != "adapter":
-                models[role], more = checkpoint.load_model(folder, **loading)
+                where = {"device": before_device if role == "before" else device}
+                models[role], more = checkpoint.load_model(folder, **loading | where)
                 notices += more
         stacked: Stacked | None = None
-        if "adapter" in folders and config.adapter_mode == "stacked":
+        # One pass needs one device.
+        if (
+            "adapter" in folders
+            and config.adapter_mode == "stacked"
+            and config.before_device is None
+        ):
             try:
                 switch = stack_adapter(models["before"], folders["adapter"])
                 stacked = Stacked(models["before"], switch)
@@ -162,6 +171,8 @@ class ModelPair:
                 f"output layers of {widths[0]} (after) and {widths[1]} (before) tokens are mixed "
                 f"on the common {min(widths)}",
             )
+        if not all([float32_head(model) for model in (after, before)]):
+            notices = (*notices, "logits are rounded to 16 bits: the device has no float32 head")
         trunk = None
         if stacked is not None:
             after, before = (Lane(*stacked, mode) for mode in ("after", "before"))

@@ -151,11 +151,6 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         for x in self._prefix if prefix else self._own:
             x[slot * m : (slot + 1) * m].zero_()
 
-    def reset(self) -> None:
-        for flat in self._flat:
-            flat.zero_()
-        self._view(Layout())
-
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass  # the buffers exist from the start
 
@@ -180,7 +175,6 @@ class SlotCache(Cache):  # type: ignore[misc]
         filled = [layer for layer in probe.layers if layer.keys is not None]
         nowhere = filled[0].keys.new_empty(0, dtype=torch.long)
         self.cursor = Cursor(nowhere, nowhere, width=0)
-        self.layout_now = Layout()
         self.shared_reads = 0  # layers that have read a shared prefix, ever
         self.skipped = len(probe.layers) - len(filled)
         super().__init__(
@@ -199,7 +193,6 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Lays the memory out anew. After a failure it must be called again before a step."""
         for layer in self._real:
             layer.layout(new, kept)
-        self.layout_now = new
 
     def fill(self, slot: int, lane: int, source: PrefixKV, *, prefix: bool) -> None:
         """Copies a prefix to a slot, or to a prefix slot."""
@@ -214,9 +207,3 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Zeros a slot that may hold NaN: masked or not, it would spoil the slot's next row."""
         for layer in self._real:
             layer.clear(slot, prefix=prefix)
-
-    def reset(self) -> None:
-        """Void, as at the start."""
-        for layer in self._real:
-            layer.reset()
-        self.layout_now = Layout()

@@ -13,6 +13,7 @@ from ray import serve
 
 import lda_core
 from deployments.commit import commit
+from deployments.metrics import EngineMetrics, memory_words
 from deployments.schemas import (
     Completion,
     GenerateRequest,
@@ -21,8 +22,8 @@ from deployments.schemas import (
     ReplicaUnavailable,
     TokenLogprobs,
 )
-from lda_core.checkpoint import sha256
 from lda_core.batch import Row
+from lda_core.checkpoint import sha256
 
 logger = logging.getLogger("ray.serve")
 
@@ -50,7 +51,12 @@ class LDAReplica:
         self._stuck_after_s = stuck_after_s
         for notice in self._pair.notices:
             logger.warning("pair: %s", notice)
-        self._engine = lda_core.EngineThread(lda_core.Engine(self._pair, engine), lambda: die())
+        noise = lda_core.noise_floor(self._pair)
+        logger.info("noise floor, largest change of a mixed logit by alpha: %s", noise)
+        resident = lda_core.Engine(self._pair, engine)
+        logger.info("memory: %s", memory_words(resident))
+        self._metrics = EngineMetrics(resident, noise)
+        self._engine = lda_core.EngineThread(resident, lambda: die())
         self._info = describe(self._pair, pair)
         self.reconfigure({})  # the defaults, where the config file has no user_config
 
@@ -76,6 +82,10 @@ class LDAReplica:
             # do not care.
             for row in rows:
                 row.left = True
+            self._metrics.update()
+        if refused := [row.refused for row in rows if row.refused]:
+            if len(refused) == len(rows):
+                raise InvalidRequest(refused[0].field, refused[0].message, refused[0].code)
         return [to_wire(completion, prompt.text) for completion in done]
 
     @serve.batch

@@ -51,7 +51,7 @@ __all__ = [
     "UnsupportedArchitecture",
     "amplify",
     "encode",
-    "sample",
     "noise_floor",
+    "sample",
     "self_test",
 ]

@@ -20,6 +20,7 @@ from lda_core.detokenize import Text, completion_text, cut_at_stop, hits_stop
 from lda_core.draw import Draw, Drawer
 from lda_core.errors import ConfigError, ContextLengthExceeded, DoesNotFit, RequestError
 from lda_core.lockstep import Lockstep, Roles, Wanted
+from lda_core.memory import Budget
 from lda_core.pair import ModelPair
 from lda_core.request import Completion, FinishReason, Request, TokenLogprobs
 from lda_core.slots import Kept, Layout
@@ -56,6 +57,7 @@ class Engine:
 
     Attributes:
       clock: set to a StageClock, it is told where the time of every step goes.
+      budget: what of the memory is for what.
       stats: totals since the engine was made.
     """
 
@@ -73,8 +75,8 @@ class Engine:
                 share_prefixes=self.config.share_prefixes,
                 graphs=self.config.cuda_graphs,
             )
-            self.kv_tokens, pool_bytes = self._memory()
-            self._pair.allocate(self.kv_tokens, pool_bytes, self.config.prefill_tokens)
+            self.budget = self._budget()
+            self._pair.allocate(self.kv_tokens, self.budget.prefix_pool, self.config.prefill_tokens)
         self._draw = Drawer(pair.vocab_size)
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []  # row i lives in slot i
@@ -137,6 +139,11 @@ class Engine:
     @property
     def live_rows(self) -> int:
         return len(self._rows)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of keys and values that live rows may need together."""
+        return self.budget.kv_tokens
 
     @property
     def stats(self) -> EngineStats:
@@ -471,10 +478,12 @@ class Engine:
         self._waiting.extendleft(reversed(rows))
         self._failures = 0
 
-    def _memory(self) -> tuple[int, int]:
-        """Tokens of keys and values, and bytes of prompts read before."""
+    def _budget(self) -> Budget:
+        """What of the memory is for what. On a GPU by the rule of `lda_core.memory`, of what is
+        free after loading. Raises ConfigError if nothing is left for keys and values."""
         pool = self.config.prefix_pool_bytes
         by_device = self._pair.kv_bytes_by_device()
+        activations = self._activations(len(by_device))
         if self.pair.device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
@@ -484,7 +493,7 @@ class Engine:
                 memory.budget(
                     free[device],
                     weights=0,
-                    activations=self._activations(len(by_device)),
+                    activations=activations,
                     prefix_pool=pool,
                     kv_per_token=per_token,
                     reserve=0,
@@ -494,12 +503,13 @@ class Engine:
         else:
             pool = _CPU_POOL_BYTES if pool is None else pool
             tokens = _CPU_KV_BYTES // sum(by_device.values())
-        tokens = min(self.config.max_slots * self.context_length, tokens)
+        tokens = self.config.kv_tokens or min(self.config.max_slots * self.context_length, tokens)
         if tokens < 1:
             raise ConfigError(
                 f"kv_tokens: no memory is left for keys and values on {self.pair.device}"
             )
-        return self.config.kv_tokens or tokens, pool
+        weights = memory.pair_bytes(self.pair.after, self.pair.before)
+        return Budget(weights, activations, pool, sum(by_device.values()), tokens)
 
     def _activations(self, devices: int) -> int:
         """Bytes of the larger model's prefill piece or step."""

@@ -199,13 +199,12 @@ class Lockstep:
                 self._each(run, runners)
         self.prefilled_tokens += sum(len(want.tokens) for want in piece)
         for runner in runners:
+            cache = caches.pop(runner)  # one model's is gone before the other's is copied
             mine = [role for role in runner.roles if role in roles]
             for i, role in enumerate(mine):
                 for row, want in enumerate(piece):
-                    entry = _row(caches[runner], row * len(mine) + i, len(want.tokens))
-                    if self.pool.capacity:
-                        entry = [(key.clone(), value.clone()) for key, value in entry]
-                        self.pool.put((role, want.tokens), entry)
+                    entry = _row(cache, row * len(mine) + i, len(want.tokens))
+                    self.pool.put((role, want.tokens), entry)
                     if role in want.roles:
                         self._copy(entry, role, want.slots, prefix)
 

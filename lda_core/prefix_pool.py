@@ -22,14 +22,15 @@ class PrefixPool:
         return entry
 
     def put(self, key: Key, entry: PrefixKV) -> None:
-        """Keeps `entry`, which must not be changed any more; nothing where it is too large."""
+        """Keeps a copy of `entry`; nothing where it is too large."""
         size = _bytes(entry)
         if size > self.capacity or key in self._entries:
             return
         while self.bytes + size > self.capacity:
             _, oldest = self._entries.popitem(last=False)
             self.bytes -= _bytes(oldest)
-        self._entries[key] = entry
+        # Copied now that there is room: the pool and what replaces the oldest never exceed it.
+        self._entries[key] = [(key.clone(), value.clone()) for key, value in entry]
         self.bytes += size
 
     def clear(self) -> None:

@@ -25,6 +25,7 @@ from lda_core import (
     PairConfig,
     Request,
     UnsupportedArchitecture,
+    noise_floor,
     self_test,
 )
 from lda_core import checkpoint as checkpoint_module
@@ -357,3 +358,54 @@ def test_hash_of_a_hub_download_is_its_blobs_name(tmp_path: Path) -> None:
     link = tmp_path / "linked.safetensors"
     link.symlink_to(blob)
     assert sha256(link) == "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("settings", "stacked"),
+    [
+        ({"adapter": str(TINY / "after-lora"), "before_device": "cpu"}, False),
+        ({"adapter": str(TINY / "after-lora"), "device_map": "auto"}, True),
+        ({"after": str(TINY / "after"), "before_device": "cpu"}, False),
+        ({"after": str(TINY / "after"), "device_map": "balanced"}, False),
+    ],
+)
+def test_pairs_over_devices(settings: dict[str, Any], stacked: bool) -> None:
+    """One device is all there is here; two threads are tested in test_lockstep.py."""
+    pair = ModelPair.load(PairConfig(before=str(TINY / "before"), **settings))
+    assert (pair.stacked is not None) == stacked
+    self_test(pair)
+
+
+def test_before_on_a_device_of_its_own_excludes_a_device_map() -> None:
+    with pytest.raises(ConfigError, match="device_map, before_device"):
+        PairConfig(before="b", after="a", before_device="cpu", device_map="auto")
+
+
+def test_what_is_the_same_in_both_is_kept_once_and_computed_once(tmp_path: Path) -> None:
+    pair = random_pair()
+    with torch.no_grad():
+        for name, theirs in pair.before.named_parameters():
+            if "embed" in name or "layers.0." in name:
+                pair.after.get_parameter(name).copy_(theirs)
+    pair = ModelPair.of(pair.after, pair.before, pair.tokenizer)
+    assert pair.trunk is not None and pair.trunk.layers == 1
+    assert any("first 1 layers" in notice for notice in pair.notices)
+    tables = [m.get_input_embeddings().weight for m in (pair.after, pair.before)]
+    assert tables[0].data_ptr() == tables[1].data_ptr()
+
+
+def test_a_16_bit_pair_has_float32_logits() -> None:
+    pair = ModelPair.load(
+        PairConfig(before=str(TINY / "before"), after=str(TINY / "after"), dtype="bfloat16")
+    )
+    ids = torch.arange(8).unsqueeze(0)
+    with torch.inference_mode():
+        logits = pair.after(input_ids=ids).logits
+        hidden = pair.after.base_model(input_ids=ids).last_hidden_state
+    exact = hidden.double() @ pair.after.get_output_embeddings().weight.double().T
+    assert logits.dtype == torch.float32
+    assert (logits - exact).abs().max() < 1e-4
+    assert (logits.bfloat16() - exact).abs().max() > 1e-2  # what rounding would have cost
+    floor, exact_floor = noise_floor(pair), noise_floor(random_pair())
+    assert all(exact_floor[alpha] < 1e-3 < floor[alpha] for alpha in floor)
+    assert floor[5.0] > floor[0.0]

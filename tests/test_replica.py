@@ -5,11 +5,13 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 from conftest import TINY
 
 from deployments.replica import LDAReplica
 from deployments.schemas import GenerateRequest, InvalidRequest, ReplicaUnavailable
 from lda_core import EngineConfig, PairConfig
+from lda_core.model_runner import ModelRunner, StepInput
 
 
 @pytest.fixture
@@ -123,3 +125,35 @@ def test_a_dead_engine_fails_requests_and_the_health_check(
         replica.check_health()
     with pytest.raises(ReplicaUnavailable, match="device lost"):
         asyncio.run(replica.describe())
+
+
+def test_a_row_that_memory_cannot_hold_is_the_callers_error(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = ModelRunner.decode_step
+
+    def full(self: ModelRunner, step: StepInput) -> object:
+        if step.width > 20:
+            raise torch.OutOfMemoryError("injected")
+        return decode(self, step)
+
+    monkeypatch.setattr(ModelRunner, "decode_step", full)
+    with pytest.raises(InvalidRequest, match=r"out of memory: \d+ prompt tokens and 40") as error:
+        asyncio.run(replica.generate(request(max_new_tokens=40)))
+    assert (error.value.param, error.value.code) == ("max_new_tokens", "does_not_fit")
+    # What fits is still answered.
+    assert asyncio.run(replica.generate(request(max_new_tokens=10)))[0].token_ids
+
+
+def test_what_the_engine_counts_is_exported(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: dict[str, float] = {}
+    for name, counter in replica._metrics._counters.items():
+        monkeypatch.setattr(
+            counter, "inc", lambda n, name=name: counted.update({name: counted.get(name, 0) + n})
+        )
+    asyncio.run(replica.generate(request(n=3, max_new_tokens=5)))
+    asyncio.run(replica.generate(request(n=2, max_new_tokens=5)))
+    assert counted["tokens"] == 25 and counted["prefix_lookups"] == 2
+    assert counted["prefix_hits"] == 1  # the same prompt again

@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test check fix train-organism
+.PHONY: setup demo serve test bench check fix train-organism
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -22,6 +22,10 @@ serve: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The engine beside what people run today: 15 minutes; make bench QUICK=1: 3.
+bench: setup
+	$(BIN)/python -m benchmarks.engine $(if $(QUICK),--quick)
 
 check: setup
 	$(BIN)/ruff check

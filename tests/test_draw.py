@@ -121,15 +121,17 @@ def test_candidates_grow_where_the_distribution_is_flat(careful: list[int]) -> N
 
 
 def test_a_large_top_k_needs_no_care(careful: list[int]) -> None:
-    after, before = logits(12, 1, spread=0.01)
-    at = state([Request((5,), top_k=k, seed=k) for k in range(300, 1500, 100)])
+    after, before = logits(13, 1, spread=0.01)
+    at = state([Request((5,), top_k=k, seed=k) for k in range(300, 1600, 100)])
     assert agrees(Drawer(VOCAB)(after, before, at), expected(after, before, at))
     assert not careful
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("ruled_out_by", ["after", "before", "both"])
-def test_a_token_that_a_model_rules_out(alpha: float, ruled_out_by: str) -> None:
+def test_a_token_that_a_model_rules_out(
+    alpha: float, ruled_out_by: str, careful: list[int]
+) -> None:
     """It is drawn only where alpha names the other model alone."""
     after, before = logits(60, 5)
     top = torch.arange(60)  # row i's favourite in both
@@ -142,6 +144,7 @@ def test_a_token_that_a_model_rules_out(alpha: float, ruled_out_by: str) -> None
     draw = Drawer(VOCAB)(after, before, at)
     assert agrees(draw, expected(after, before, at))
     free = (alpha, ruled_out_by) in ((0.0, "before"), (-1.0, "after"))
+    assert not (free and careful)
     drawn = draw[0] == top
     assert drawn.float().mean() > 0.9 if free else not drawn.any()
 
@@ -173,6 +176,13 @@ def test_rows_that_are_not_finite_fail_alone(value: float) -> None:
     fine = [i for i in range(40) if not host.failed[i]]
     assert tokens[fine].tolist() == wanted[fine].tolist()
     assert all(0 <= token < VOCAB for token in host.tokens)
+
+
+def test_log_probabilities_of_a_model_that_is_broken_fail_their_row_alone() -> None:
+    after, before = logits(2, 7)
+    after[:, 11] = torch.nan
+    at = state([Request((5,), alpha=-1.0, logprobs=wanted) for wanted in (True, False)])
+    assert Drawer(VOCAB)(after, before, at)[1].failed == [True, False]
 
 
 @pytest.mark.parametrize("broken", [False, True])

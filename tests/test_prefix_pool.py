@@ -157,8 +157,8 @@ def test_another_alpha_reads_only_the_model_that_is_missing(
 ) -> None:
     """The rows of the first alpha have left, or are still there."""
     pair: ModelPair = request.getfixturevalue(name)
-    for stays in (False, True):
-        engine = Engine(pair)
+    for stays in (False, True):  # what lives needs no pool
+        engine = Engine(pair, EngineConfig(prefix_pool_bytes=0 if stays else None))
         reads.clear()
         alone = row(prompt(2, 20), first, 1, new=12 if stays else 2)
         rows = [engine.accept(alone)]

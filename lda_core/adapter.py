@@ -77,7 +77,9 @@ class LowRank:
         if mode == "both":
             assert x.dim() == 3 and x.shape[0] % 2 == 0, "rows are not before/after pairs"
             x, output = x[1::2], output[1::2]
-        if x.shape[1] == 1:  # a decode step: two small products, no temporary for the sum
+        if output.dtype != x.dtype:  # the output layer in float32
+            output.add_(x @ self._a @ self._b)
+        elif x.shape[1] == 1:  # a decode step: two small products, no temporary for the sum
             output[:, 0].addmm_(torch.mm(x[:, 0], self._a), self._b)
         else:
             output.add_(x @ self._a @ self._b)

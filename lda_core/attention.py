@@ -7,7 +7,7 @@ sums as attention over a copy per row, in another order. Source of the split: Ju
 2024, "Hydragen"; theirs combines two softmaxes, which a single one makes unnecessary.
 
 Shapes: R rows the model sees, h query heads, H key/value heads, r = h / H, D head size, W own
-columns, P prefix columns, g prefixes, n rows of the largest group.
+columns, P prefix columns, g prefixes of a run, n rows of the largest of them.
 """
 
 from typing import Any
@@ -51,44 +51,40 @@ def shared_prefix_attention(
     slots.shared_reads += 1
     rows, heads, _, size = query.shape
     kv_heads = key.shape[1]
-    q = query.reshape(rows, kv_heads, heads // kv_heads, size)  # (R, H, r, D)
+    # Scaled before the product, which could overflow in float16.
+    q = query * (size**-0.5 if scaling is None else scaling)
+    q = q.reshape(rows, kv_heads, heads // kv_heads, size)  # (R, H, r, D)
     scores = q @ key.mT  # (R, H, r, W)
     if cursor.prefix_width:
-        shared = _by_row(_by_prefix(q, cursor) @ prefix_key.mT, cursor)  # (R, H, r, P)
-        scores = torch.cat([shared, scores], dim=-1)
-    scale = size**-0.5 if scaling is None else scaling
+        scores = torch.cat([_over_prefixes(q, prefix_key.mT, cursor), scores], dim=-1)
     if softcap is not None:
-        scores = torch.tanh(scores * (scale / softcap)) * softcap
-        scale = 1.0
-    scores = torch.add(attention_mask, scores, alpha=scale)
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + attention_mask
     if s_aux is not None:
         sinks = s_aux.reshape(1, kv_heads, -1, 1).expand(rows, -1, -1, 1)
         scores = torch.cat([scores, sinks.to(scores.dtype)], dim=-1)
     probs = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
     output = probs[..., cursor.prefix_width : attention_mask.shape[-1]] @ value  # (R, H, r, D)
     if cursor.prefix_width:
-        shared = _by_prefix(probs[..., : cursor.prefix_width], cursor) @ prefix_value
-        output = output + _by_row(shared, cursor)
+        output = output + _over_prefixes(probs[..., : cursor.prefix_width], prefix_value, cursor)
     return output.reshape(rows, 1, heads, -1), None
 
 
-def _by_prefix(x: Tensor, cursor: Cursor) -> Tensor:
-    """[R, H, r, X] -> [g, H, n*r, X]: the rows of each prefix side by side."""
-    if cursor.gather is None:
-        return x
-    grouped = x[cursor.gather.to(x.device)]  # (g*n, H, r, X)
-    grouped = grouped.view(cursor.prefixes, -1, *x.shape[1:]).transpose(1, 2)  # (g, H, n, r, X)
-    return grouped.flatten(2, 3)
-
-
-def _by_row(x: Tensor, cursor: Cursor) -> Tensor:
-    """[g, H, n*r, X] -> [R, H, r, X]: back again."""
-    if cursor.gather is None or cursor.place is None:
-        return x
-    prefixes, heads, _, size = x.shape
-    n = len(cursor.gather) // prefixes
-    rows = x.view(prefixes, heads, n, -1, size).transpose(1, 2).flatten(0, 1)  # (g*n, H, r, X)
-    return rows[cursor.place.to(x.device)]
+def _over_prefixes(x: Tensor, y: Tensor, cursor: Cursor) -> Tensor:
+    """[R, H, r, X] @ [g, H, X, Y], every row with its prefix's -> [R, H, r, Y]."""
+    if cursor.place is None:  # row i has prefix i
+        return x @ y
+    parts = []
+    for run in cursor.runs:
+        rows = x[run.gather.to(x.device)]  # (g*n, H, r, X)
+        count = run.stop - run.start
+        _, heads, r, size = rows.shape
+        # The rows of a prefix side by side.
+        grouped = rows.view(count, -1, heads, r, size).transpose(1, 2)  # (g, H, n, r, X)
+        product = grouped.flatten(2, 3) @ y[run.start : run.stop]  # (g, H, n*r, Y)
+        product = product.view(count, heads, -1, r, y.shape[-1]).transpose(1, 2)
+        parts.append(product.flatten(0, 1))  # (g*n, H, r, Y)
+    return torch.cat(parts)[cursor.place.to(x.device)]
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, shared_prefix_attention)

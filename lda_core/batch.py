@@ -1,6 +1,6 @@
 """The rows of a batch, and what one step needs of all of them.
 
-Shapes: B live rows, G live prefixes, n rows of the largest prefix.
+Shapes: B live rows, G live prefixes.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from lda_core.lockstep import BOTH, Roles
 from lda_core.model_runner import Role, StepInput
 from lda_core.request import Completion, Request
 from lda_core.sampling import ALL, Kinds, Sampling
+from lda_core.slots import Run
 
 
 @dataclass(eq=False)
@@ -24,7 +25,6 @@ class Prefix:
     tokens: tuple[int, ...]
     rows: int = 0  # live ones that read it
     roles: Roles = frozenset()  # models that have read it
-    spoiled: bool = False  # may hold NaN
 
 
 @dataclass(eq=False)
@@ -78,7 +78,7 @@ class BatchState(NamedTuple):
     sampling: Sampling
     kinds: Kinds
     plain: tuple[Tensor, Tensor] | None  # rows at alpha 0 and at -1, if there are any
-    gather: Tensor | None
+    runs: tuple[Run, ...]
     place: Tensor | None
     prefix_width: int
     needs: Roles
@@ -86,7 +86,16 @@ class BatchState(NamedTuple):
     top_k: int  # the largest
 
     @classmethod
-    def of(cls, rows: Sequence[Row], prefixes: Sequence[Prefix], device: torch.device) -> Self:
+    def of(
+        cls,
+        rows: Sequence[Row],
+        prefixes: Sequence[Prefix],
+        device: torch.device,
+        *,
+        lanes: int = 1,
+        one_run: bool = False,
+    ) -> Self:
+        """`lanes`: rows the model sees for every row; `one_run`: not split by size."""
         requests = [row.request for row in rows]
         ints = torch.tensor(
             [
@@ -110,7 +119,7 @@ class BatchState(NamedTuple):
         tokens, positions, bases, step, top_k, seed = ints.unbind(-1)
         alpha, temperature, top_p = floats.unbind(-1)
         zero, minus = ([i for i, r in enumerate(requests) if r.alpha == a] for a in (0.0, -1.0))
-        gather, place = _groups(rows, prefixes, device)
+        runs, place = _runs(rows, prefixes, lanes, one_run, device)
         return cls(
             tokens=tokens,
             positions=positions,
@@ -127,7 +136,7 @@ class BatchState(NamedTuple):
                 if zero or minus
                 else None
             ),
-            gather=gather,
+            runs=runs,
             place=place,
             prefix_width=max((len(p.tokens) for p in prefixes), default=0),
             needs=frozenset().union(*(row.needs for row in rows)),
@@ -147,7 +156,7 @@ class BatchState(NamedTuple):
             width=max(row.written for row in rows) + 1,
             prefix_count=len(prefixes),
             prefix_width=self.prefix_width,
-            gather=self.gather,
+            runs=self.runs,
             place=self.place,
         )
 
@@ -169,22 +178,49 @@ def _kinds(requests: Sequence[Request], device: torch.device) -> Kinds:
     return Kinds(rows(greedy), rows(full), rows(truncated))
 
 
-def _groups(
-    rows: Sequence[Row], prefixes: Sequence[Prefix], device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """gather (G*n,), place (B,) of `StepInput`; None where row i simply has prefix i."""
-    if [row.prefix for row in rows] == list(prefixes):
-        return None, None
+def _runs(
+    rows: Sequence[Row],
+    prefixes: Sequence[Prefix],
+    lanes: int,
+    one_run: bool,
+    device: torch.device,
+) -> tuple[tuple[Run, ...], Tensor | None]:
+    """runs and place of `StepInput`."""
+    if [row.prefix for row in rows] == list(prefixes) or not prefixes:
+        return (), None
     members: dict[Prefix, list[int]] = {prefix: [] for prefix in prefixes}
     for i, row in enumerate(rows):
         if row.prefix is not None:
             members[row.prefix].append(i)
-    if not members:
-        return None, None
-    n = max(len(group) for group in members.values())
-    gather = [i for group in members.values() for i in group + [0] * (n - len(group))]
-    place = [0] * len(rows)
-    for g, group in enumerate(members.values()):
-        for j, i in enumerate(group):
-            place[i] = g * n + j
-    return torch.tensor(gather, device=device), torch.tensor(place, device=device)
+    runs: list[Run] = []
+    place = [0] * (len(rows) * lanes)
+    at = start = 0
+    all_groups = list(members.values())
+    for groups in [all_groups] if one_run else _even(all_groups):
+        n = max(len(group) for group in groups)
+        gather: list[int] = []
+        for group in groups:
+            for lane in range(lanes):
+                for j, i in enumerate(group):
+                    place[i * lanes + lane] = at + len(gather) + j
+                gather += [i * lanes + lane for i in group] + [0] * (n - len(group))
+        stop = start + len(groups) * lanes
+        runs.append(Run(start, stop, torch.tensor(gather, device=device)))
+        at, start = at + len(gather), stop
+    return tuple(runs), torch.tensor(place, device=device)
+
+
+def _even(groups: list[list[int]]) -> list[list[list[int]]]:
+    """Neighbouring groups together as long as at most half of what they are padded to is padding.
+
+    One prompt with many samples beside many prompts with one would else pad them all to it.
+    """
+    runs: list[list[list[int]]] = [[groups[0]]]
+    for group in groups[1:]:
+        run = [*runs[-1], group]
+        padded = len(run) * max(len(g) for g in run)
+        if padded <= 2 * sum(len(g) for g in run):
+            runs[-1] = run
+        else:
+            runs.append([group])
+    return runs

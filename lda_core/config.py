@@ -68,8 +68,8 @@ class EngineConfig:
 
     Attributes:
       max_slots: most rows that decode together.
-      kv_tokens: key/value budget in tokens (rows x the longest row's tokens never exceed it);
-        None takes it from the free memory after loading.
+      kv_tokens: key/value budget in tokens, which rows x the longest row's own part + prompts x
+        the longest prompt never exceed; None takes it from the free memory after loading.
       prefill_tokens: most (padded) tokens of one prefill pass, which bounds its memory; a longer
         prompt is read in pieces.
       context_length: None is the smaller of the two models' own.

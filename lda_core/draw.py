@@ -10,7 +10,10 @@ from torch import Tensor
 
 from lda_core.amplify import amplify, mix, nonfinite_rows
 from lda_core.batch import BatchState
-from lda_core.sampling import CANDIDATES, propose, sample
+from lda_core.sampling import CANDIDATES, propose
+
+# After so many draws half as many candidates are tried again.
+_FORGET = 64
 
 
 class Draw(NamedTuple):
@@ -29,11 +32,8 @@ class Drawer:
 
     def __init__(self, vocab: int) -> None:
         self._vocab = vocab
-        self.reset()
-
-    def reset(self) -> None:
-        """For other rows: these may not need as many candidates."""
         self._candidates = CANDIDATES
+        self._draws = 0
 
     def __call__(
         self, after: Tensor | None, before: Tensor | None, state: BatchState
@@ -41,6 +41,9 @@ class Drawer:
         """[B, V+] logits, None where no row needs the model -> tokens [B] on the device, and all
         of it on the host."""
         after, before = (x if x is None else x[:, : self._vocab].float() for x in (after, before))
+        self._draws += 1
+        if self._draws % _FORGET == 0:  # the rows that needed so many may have gone
+            self._candidates = max(CANDIDATES, self._candidates // 2)
         mixed = _mixed(after, before, state)
         peak = mixed.amax(dim=-1)  # (B,) NaN or infinite as the row's logits are
         candidates = min(self._vocab, max(self._candidates, state.top_k + 1))
@@ -67,7 +70,8 @@ class Drawer:
         failed = nonfinite_rows(mixed.logsumexp(dim=-1))  # (B,)
         # A failed row draws nothing real.
         drawable = torch.where(failed.unsqueeze(-1), 0.0, mixed)
-        tokens = sample(drawable, state.sampling, state.step)
+        peak = drawable.amax(dim=-1)
+        tokens, _ = propose(drawable, peak, state.sampling, state.step, state.kinds, self._vocab)
         logprobs: list[Tensor] = []
         if state.logprobs is not None and after is not None and before is not None:
             logprobs, fine = _logprobs((after, before, mixed), tokens, state.logprobs)

@@ -31,10 +31,9 @@ from lda_core.stages import StageClock
 _COLUMN_STEP = 64
 # Prefix slots at first; twice as many as needed later.
 _PREFIX_SLOTS = 8
-# Key/value memory where the config names none: on a CPU at most this much of it,
+# Memory on a CPU, where the config names none; on a GPU see `lda_core.memory`.
 _CPU_KV_BYTES = 2 * 1024**3
 _CPU_POOL_BYTES = 256 * 1024**2
-# on a GPU what the rule of `lda_core.memory` leaves of what is free after loading.
 # After running out of memory fewer rows decode together; twice as many again after so many steps
 # without.
 _CALM_STEPS = 4096
@@ -169,6 +168,9 @@ class Engine:
             out += self._advance()
         except torch.OutOfMemoryError:
             failed = True  # dealt with below: in here the failed frames keep their tensors alive
+        except BaseException:  # Ctrl-C in a notebook
+            self._wait_again()
+            raise
         else:
             failed = False
         if failed:
@@ -183,7 +185,15 @@ class Engine:
         self._lap("prefill")
         if not self._rows:
             return []
-        state = self._state or BatchState.of(self._rows, self._prefixes, self.pair.device)
+        if self._layout is None:  # memory ran out while layers changed theirs
+            self._lay_out(self._rows, self._prefixes)
+        state = self._state or BatchState.of(
+            self._rows,
+            self._prefixes,
+            self.pair.device,
+            lanes=self._pair.lanes,
+            one_run=self.config.cuda_graphs,
+        )
         self._state = state
         self._lap("bookkeeping")
         # 3. The models read the last token of every row.
@@ -198,8 +208,6 @@ class Engine:
         # device, so a step that runs out of it has taken nothing and can be done again.
         done = [i for i, row in enumerate(self._rows) if self._take(row, draw, i)]
         finished = [self._rows[i] for i in done]
-        for i in (i for i in done if draw.failed[i]):
-            self._spoil(i)
         self._remove(done)
         self._stats.steps += 1
         self._stats.tokens += len(draw.tokens)
@@ -228,8 +236,6 @@ class Engine:
         # A prefill interrupts everyone, so it waits until it is worth it.
         worth_it = not self._rows or free >= len(self._waiting) or free >= self._most_rows // 8
         if not (self._waiting and free > 0 and worth_it):
-            if self._layout is None and self._rows:
-                self._lay_out(self._rows, self._prefixes)
             return
         new = self._joining
         prefixes = {prefix.tokens: prefix for prefix in self._prefixes}
@@ -249,10 +255,10 @@ class Engine:
             new.append(self._waiting.popleft())
         if not new:
             return
-        if not self._rows:
-            self._draw.reset()
         live = list(prefixes.values())
         self._lay_out(self._rows + new, live)
+        self._pair.clear(len(self._rows), len(self._rows) + len(new))
+        self._pair.clear(len(self._prefixes), len(live), prefix=True)
         self._fill(new, live)
         for row in new:
             if row.prefix is not None:
@@ -276,13 +282,14 @@ class Engine:
         ):
             return
         self._layout = None  # while layers differ
+        for prefix in self._prefixes:  # a lane that goes takes what was in it along
+            prefix.roles &= self._pair.held(needs)
         new = self._new_layout(len(rows), own, len(prefixes), longest)
         kept = Kept(
             rows=len(self._rows),
             columns=max((row.written for row in self._rows), default=0),
             prefixes=len(self._prefixes),
             prefix_columns=max((len(p.tokens) for p in self._prefixes), default=0),
-            spoiled=any(prefix.spoiled for prefix in self._prefixes),
         )
         self._pair.layout(new, needs, kept)
         self._layout = new
@@ -308,26 +315,19 @@ class Engine:
         wanted: dict[tuple[int, ...], Wanted] = {}
         for slot, row in enumerate(new, start=len(self._rows)):
             tokens, prefix = row.request.prompt_ids[:-1], row.prefix
-            slots, roles = (
-                (wanted[tokens].slots, wanted[tokens].roles)
-                if tokens in wanted
-                else (
-                    [],
-                    frozenset(),
-                )
-            )
-            slots = [*slots, slot] if prefix is None else [live.index(prefix)]
-            wanted[tokens] = Wanted(tokens, slots, roles | row.needs)
+            before = wanted.get(tokens, Wanted(tokens, [], frozenset()))
+            slots = [*before.slots, slot] if prefix is None else [live.index(prefix)]
+            wanted[tokens] = Wanted(tokens, slots, before.roles | row.needs)
         there = {prefix.tokens: prefix.roles for prefix in live}
         todo = [
             want._replace(roles=want.roles - there.get(tokens, frozenset()))
             for tokens, want in wanted.items()
             if tokens  # a prompt of one token has no prefix
         ]
-        self._stats.prefix_lookups += len(todo)
         read = self._pair.fill(
             [want for want in todo if want.roles], prefix=self._pair.shares_prefixes
         )
+        self._stats.prefix_lookups += len(todo)
         self._stats.prefix_hits += len(todo) - read
         for prefix in live:
             if prefix.tokens in wanted:
@@ -384,12 +384,6 @@ class Engine:
             error=error,
         )
 
-    def _spoil(self, i: int) -> None:
-        """Row i met NaN, which may be in its slot and in its prefix's."""
-        self._pair.clear(i)
-        if (prefix := self._rows[i].prefix) is not None:
-            prefix.spoiled = True
-
     def _remove(self, gone: Sequence[int]) -> None:
         """Takes rows out; the last row moves into each hole, so that slots stay dense."""
         for i in sorted(gone, reverse=True):
@@ -409,13 +403,9 @@ class Engine:
         if prefix.rows:
             return
         i, last = self._prefixes.index(prefix), self._prefixes.pop()
-        if prefix.spoiled:
-            self._pair.clear(i, prefix=True)
         if i < len(self._prefixes):
             self._pair.move(len(self._prefixes), i, len(last.tokens), prefix=True)
             self._prefixes[i] = last
-            if last.spoiled:
-                self._pair.clear(len(self._prefixes), prefix=True)
 
     # -- memory ------------------------------------------------------------------------
 
@@ -437,10 +427,7 @@ class Engine:
         self._stats.out_of_memory += 1
         self._failures += 1
         self._calm_steps = 0
-        new, self._joining, self._state = self._joining, [], None
-        for row in new:
-            row.prefix = None
-        self._waiting.extendleft(reversed(new))
+        new = self._wait_again()
         self._pair.give_back()
         gc.collect()
         torch.cuda.empty_cache()
@@ -453,6 +440,14 @@ class Engine:
         if not new:
             self._restart(self._rows[len(self._rows) // 2 :])
         return []
+
+    def _wait_again(self) -> list[Row]:
+        """Rows that were about to join wait as before, and are returned."""
+        new, self._joining, self._state = self._joining, [], None
+        for row in new:
+            row.prefix = None
+        self._waiting.extendleft(reversed(new))
+        return new
 
     def _refuse(self, new: Sequence[Row]) -> Row:
         """The only row, which memory ran out with twice."""

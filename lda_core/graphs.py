@@ -8,12 +8,14 @@ Shapes: B rows, G prefixes, n rows of the largest prefix; b, g, m their buckets.
 """
 
 from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lda_core.model_runner import Role, StepInput
-from lda_core.slots import Layout
+from lda_core.slots import Layout, Run
 
 Logits = dict[Role, Tensor]
 # Columns come in steps of this many, rows and prefixes in powers of 2.
@@ -26,7 +28,12 @@ class StepGraphs:
     """Recorded decode steps, by shape, layout and models."""
 
     def __init__(self, device: torch.device) -> None:
-        self._record = _record if device.type == "cuda" else _call_again
+        # All graphs in one memory pool: they run one after the other.
+        self._record = (
+            partial(_record, pool=torch.cuda.graph_pool_handle())
+            if device.type == "cuda"
+            else _call_again
+        )
         self._graphs: dict[Hashable, tuple[StepInput, Callable[[], None], Logits]] = {}
 
     def clear(self) -> None:
@@ -34,13 +41,18 @@ class StepGraphs:
         self._graphs.clear()
 
     def __call__(
-        self, step: StepInput, layout: Layout, kind: Hashable, run: Callable[[StepInput], Logits]
+        self,
+        step: StepInput,
+        layout: Layout,
+        lanes: int,
+        kind: Hashable,
+        run: Callable[[StepInput], Logits],
     ) -> Logits:
         """What `run(step)` returns. `kind`: what else `run` depends on."""
         rows = len(step.tokens)
-        step = padded(step, layout)
-        shape = tuple(len(x) if isinstance(x, Tensor) else x for x in step)
-        key = (shape, layout, kind)
+        step = padded(step, layout, lanes)
+        sizes = tuple(len(x) for x in _tensors(step))
+        key = (sizes, step.width, step.prefix_count, step.prefix_width, layout, kind)
         if key not in self._graphs:
             if len(self._graphs) >= _MOST:
                 self._graphs.clear()
@@ -53,8 +65,8 @@ class StepGraphs:
         return {role: x[:rows] for role, x in logits.items()}
 
 
-def padded(step: StepInput, layout: Layout) -> StepInput:
-    """The step with b rows, g prefixes of m rows, and columns of the next bucket."""
+def padded(step: StepInput, layout: Layout, lanes: int) -> StepInput:
+    """The step, of one run, with b rows, g prefixes of m rows, and columns of the next bucket."""
     rows = len(step.tokens)
     b = min(layout.slots, _power(rows))
     step = step._replace(
@@ -65,18 +77,20 @@ def padded(step: StepInput, layout: Layout) -> StepInput:
     )
     if not step.prefix_count:
         return step
-    gather, place = step.gather, step.place
-    if gather is None or place is None:
-        gather = place = torch.arange(rows, device=step.tokens.device)
-    n = len(gather) // step.prefix_count
+    lanes_rows = torch.arange(rows * lanes, device=step.tokens.device)
+    runs, place = step.runs, step.place
+    if place is None:
+        runs, place = (Run(0, rows * lanes, lanes_rows),), lanes_rows
+    ((_, count, gather),) = runs
+    n = len(gather) // count
     g, m = min(layout.prefixes, _power(step.prefix_count)), min(b, _power(n))
-    wide = gather.new_zeros(g, m)
-    wide[: step.prefix_count, :n] = gather.view(-1, n)
+    wide = gather.new_zeros(g * lanes, m)
+    wide[:count, :n] = gather.view(-1, n)
     return step._replace(
         prefix_count=g,
         prefix_width=min(layout.prefix_columns, _up(step.prefix_width)),
-        gather=wide.flatten(),
-        place=_pad(place // n * m + place % n, b),
+        runs=(Run(0, g * lanes, wide.flatten()),),
+        place=_pad(place // n * m + place % n, b * lanes),
     )
 
 
@@ -85,13 +99,14 @@ def _copy(step: StepInput) -> StepInput:
         tokens=step.tokens.clone(),
         positions=step.positions.clone(),
         prefixes=step.prefixes.clone(),
-        gather=None if step.gather is None else step.gather.clone(),
+        runs=tuple(run._replace(gather=run.gather.clone()) for run in step.runs),
         place=None if step.place is None else step.place.clone(),
     )
 
 
 def _tensors(step: StepInput) -> list[Tensor]:
-    return [x for x in step if isinstance(x, Tensor)]
+    gathers = [run.gather for run in step.runs]
+    return [*(x for x in step if isinstance(x, Tensor)), *gathers]
 
 
 def _pad(x: Tensor, length: int) -> Tensor:
@@ -106,7 +121,7 @@ def _up(n: int) -> int:
     return -(-n // _COLUMNS) * _COLUMNS
 
 
-def _record(run: Callable[[], Logits]) -> tuple[Callable[[], None], Logits]:
+def _record(run: Callable[[], Logits], pool: Any) -> tuple[Callable[[], None], Logits]:
     """Records `run` on the current device. It must do the same when it is done again."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
@@ -115,7 +130,7 @@ def _record(run: Callable[[], Logits]) -> tuple[Callable[[], None], Logits]:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         logits = run()
     return graph.replay, logits
 

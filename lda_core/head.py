@@ -21,6 +21,8 @@ def float32_head(model: PreTrainedModel) -> bool:
         return True
     try:
         project(head, head.weight[:1])
+    except torch.OutOfMemoryError:
+        raise
     except (NotImplementedError, RuntimeError):
         return False
     head.forward = partial(project, head)
@@ -30,7 +32,7 @@ def float32_head(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def project(head: nn.Linear, hidden: Tensor) -> Tensor:
     """[..., D] of 16 bits -> [..., V] float32."""
-    flat = hidden.flatten(0, -2)  # (N, D)
+    flat = hidden.to(head.weight.device).flatten(0, -2)  # (N, D)
     if flat.is_cuda:
         logits = torch.mm(flat, head.weight.T, out_dtype=torch.float32)
     else:  # a CPU has no such product, and float32 is its dtype anyway

@@ -71,7 +71,7 @@ class Lockstep:
         self.kv_bytes_per_token = sum(self.kv_bytes_by_device().values())
         self.prefilled_tokens = 0
         self.graphs = StepGraphs(self._device) if graphs else None
-        if graphs and len({runner.device for runner in self._runners}) > 1:
+        if graphs and len(self.kv_bytes_by_device()) > 1:
             raise ConfigError("cuda_graphs: both models must be on one device")
 
     def allocate(self, kv_tokens: int, pool_bytes: int, prefill_tokens: int) -> None:
@@ -90,6 +90,15 @@ class Lockstep:
         """Whether the present layout has lanes for just these models."""
         return all(runner.lanes == self._lanes(runner, needs) for runner in self._runners)
 
+    def held(self, needs: Roles) -> Roles:
+        """The models whose columns slots hold where these are needed."""
+        return frozenset().union(*(self._lanes(runner, needs) for runner in self._runners))
+
+    @property
+    def lanes(self) -> int:
+        """Rows a model sees for every row."""
+        return max(len(runner.lanes) for runner in self._runners)
+
     def _lanes(self, runner: ModelRunner, needs: Roles) -> tuple[Role, ...]:
         """A runner of one model keeps it; the stacked one holds what is needed."""
         return tuple(r for r in runner.roles if r in needs or len(runner.roles) == 1)
@@ -100,7 +109,10 @@ class Lockstep:
         """Logits [B, V] of *after* and of *before*, on after's device; None where not needed."""
         needs = self._with_trunk(needs)
         if self.graphs is not None:
-            found = self.graphs(step, self._layout, needs, lambda step: self._run(step, needs))
+            kind = (needs, tuple(runner.lanes for runner in self._runners))
+            found = self.graphs(
+                step, self._layout, self.lanes, kind, lambda step: self._run(step, needs)
+            )
         else:
             found = self._run(step, needs, lap)
         if self.graphs is not None or self._thread is not None:
@@ -219,9 +231,9 @@ class Lockstep:
         for runner in self._runners:
             runner.slots.move(source, target, used, prefix=prefix)
 
-    def clear(self, slot: int, *, prefix: bool = False) -> None:
+    def clear(self, start: int, stop: int, *, prefix: bool = False) -> None:
         for runner in self._runners:
-            runner.slots.clear(slot, prefix=prefix)
+            runner.slots.clear(start, stop, prefix=prefix)
 
     def kv_bytes_by_device(self) -> dict[torch.device, int]:
         """Bytes that a token takes on each device, all models and layers on it together."""

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from lda_core import attention
 from lda_core.adapter import Lanes
 from lda_core.architectures import decode_mask
-from lda_core.slots import Cursor, Kept, Layout, SlotCache
+from lda_core.slots import Cursor, Kept, Layout, Run, SlotCache
 
 Role = Literal["after", "before"]
 _BOTH: tuple[Role, Role] = ("before", "after")  # the order of a stacked model's rows
@@ -32,8 +32,8 @@ class StepInput(NamedTuple):
     width: int  # own columns of the longest row, this token included
     prefix_count: int = 0  # G
     prefix_width: int = 0  # length of the longest shared prefix
-    gather: Tensor | None = None  # (G*n,) rows by prefix, padded; None: row i has prefix i
-    place: Tensor | None = None  # (B,) where each row is among them
+    runs: tuple[Run, ...] = ()  # these and place count the lanes
+    place: Tensor | None = None  # (B*m,) where each row is in the runs; None: row i has prefix i
 
     def to(self, device: torch.device) -> "StepInput":
         if self.tokens.device == device:
@@ -42,7 +42,7 @@ class StepInput(NamedTuple):
             tokens=self.tokens.to(device),
             positions=self.positions.to(device),
             prefixes=self.prefixes.to(device),
-            gather=None if self.gather is None else self.gather.to(device),
+            runs=tuple(run._replace(gather=run.gather.to(device)) for run in self.runs),
             place=None if self.place is None else self.place.to(device),
         )
 
@@ -86,6 +86,8 @@ class ModelRunner:
         one = torch.ones(1, dtype=torch.long, device=self.device)
         try:
             self.decode_step(StepInput(0 * one, one, one, 1, 1, 1))
+        except torch.OutOfMemoryError:
+            raise
         except (attention.CannotShare, RuntimeError):  # other attention: shapes that do not fit
             self._takes_ours = False
         else:
@@ -132,7 +134,7 @@ class ModelRunner:
             width=at.width,
             prefixes=at.prefix_count,
             prefix_width=at.prefix_width,
-            gather=at.gather,
+            runs=at.runs,
             place=at.place,
         )
         with self._mode(self.lanes), self._attention() as options:
@@ -193,21 +195,11 @@ def _with_lanes(step: StepInput, m: int) -> StepInput:
     """The same step for a model that sees m rows for every row, lane by lane in turn."""
     if m == 1:
         return step
-    gather, place = step.gather, step.place
-    if gather is not None and place is not None:
-        lane = torch.arange(m, device=gather.device)
-        groups = gather.view(step.prefix_count, 1, -1)  # (G, 1, n)
-        n = groups.shape[-1]
-        gather = (groups * m + lane[:, None]).flatten()  # (G*m*n,)
-        group, member = place // n, place % n
-        place = ((group[:, None] * m + lane) * n + member[:, None]).flatten()  # (B*m,)
     return step._replace(
         tokens=step.tokens.repeat_interleave(m),
         positions=step.positions.repeat_interleave(m),
         prefixes=step.prefixes.repeat_interleave(m),
         prefix_count=step.prefix_count * m,
-        gather=gather,
-        place=place,
     )
 
 

@@ -12,7 +12,7 @@ A stacked pair has two lanes: every slot holds the row's columns of both models,
 other, and the model sees two rows for every row.
 
 Shapes: m lanes, H key/value heads, L own columns, P prefix columns, D head size, B live rows,
-G live prefixes, n rows of the largest group.
+G live prefixes; of a run: g prefixes, n rows of the largest of them.
 """
 
 from typing import Any, NamedTuple
@@ -42,7 +42,14 @@ class Kept(NamedTuple):
     columns: int
     prefixes: int
     prefix_columns: int
-    spoiled: bool = False  # some of it may be NaN, which must not stay behind
+
+
+class Run(NamedTuple):
+    """Neighbouring prefixes with about as many rows each, which attention takes together."""
+
+    start: int  # prefixes start..stop-1, lanes counted
+    stop: int
+    gather: Tensor  # (g*n,) their rows, prefix by prefix, padded to the largest
 
 
 class Cursor(NamedTuple):
@@ -53,8 +60,8 @@ class Cursor(NamedTuple):
     width: int  # own columns that attention looks at: the longest row's
     prefixes: int = 0  # G*m prefixes that attention looks at
     prefix_width: int = 0  # their columns: the longest prefix's
-    gather: Tensor | None = None  # (G*m*n,) rows by prefix, padded; None: row i has prefix i
-    place: Tensor | None = None  # (B*m,) where each row is among them
+    runs: tuple[Run, ...] = ()
+    place: Tensor | None = None  # (B*m,) where each row is in the runs; None: row i has prefix i
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -102,9 +109,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             ]
 
         saved = [x[:, old_lanes] for x in parts(old)]  # copies
-        if kept.spoiled:
-            for flat in self._flat:
-                flat.zero_()
+        for flat in self._flat:
+            flat.zero_()  # what was there may be NaN
         self._view(new)
         for target, source in zip(parts(new), saved, strict=True):
             for i, lane in enumerate(both):
@@ -141,15 +147,16 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             target[slot * len(self._layout.lanes) + lane, :, : x.shape[1]] = x
 
     def move(self, source: int, target: int, used: int, *, prefix: bool) -> None:
-        """Slot `target` becomes a copy of slot `source`'s first `used` columns."""
+        """Slot `target` becomes a copy of slot `source`'s first `used` columns, then zeros."""
         m = len(self._layout.lanes)
         for x in self._prefix if prefix else self._own:
             x[target * m : (target + 1) * m, :, :used] = x[source * m : (source + 1) * m, :, :used]
+            x[target * m : (target + 1) * m, :, used:] = 0
 
-    def clear(self, slot: int, *, prefix: bool) -> None:
+    def clear(self, start: int, stop: int, *, prefix: bool) -> None:
         m = len(self._layout.lanes)
         for x in self._prefix if prefix else self._own:
-            x[slot * m : (slot + 1) * m].zero_()
+            x[start * m : stop * m] = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass  # the buffers exist from the start
@@ -203,7 +210,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         for layer in self._real:
             layer.move(source, target, used, prefix=prefix)
 
-    def clear(self, slot: int, *, prefix: bool) -> None:
-        """Zeros a slot that may hold NaN: masked or not, it would spoil the slot's next row."""
+    def clear(self, start: int, stop: int, *, prefix: bool) -> None:
+        """Zeros slots start..stop-1, before new rows have them: what was there may be NaN, and,
+        masked or not, would spoil them."""
         for layer in self._real:
-            layer.clear(slot, prefix=prefix)
+            layer.clear(start, stop, prefix=prefix)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from lda_core import Request
 from lda_core.attention import CannotShare, shared_prefix_attention
+from lda_core.batch import Prefix, Row, _runs
 from lda_core.slots import Cursor, Kept, Layout, SlotCache
 
 HEADS, SIZE = 4, 8
@@ -43,19 +45,18 @@ def scene(kv_heads: int, of_row: list[int], window: int | None, prefixes: list[i
     for x in (layer.keys, layer.values, layer.prefix_keys, layer.prefix_values):
         x.copy_(random(*x.shape))  # also behind the end of each: masked columns hold something
     if of_row == list(range(len(prefixes))):
-        gather = place = None
+        runs, place = (), None
     else:
-        groups = [[i for i, p in enumerate(of_row) if p == g] for g in range(len(prefixes))]
-        n = max(map(len, groups))
-        gather = torch.tensor([i for g in groups for i in g + [0] * (n - len(g))])
-        place = torch.tensor([g * n + groups[g].index(i) for i, g in enumerate(of_row)])
+        live = [Prefix((g,)) for g in range(len(prefixes))]
+        rows = [Row(Request((1,)), prefix=live[g]) for g in of_row]
+        runs, place = _runs(rows, live, 1, False, torch.device("cpu"))
     slots.cursor = Cursor(
         rows=torch.arange(len(of_row)),
         columns=torch.tensor(own) - 1,
         width=width,
         prefixes=len(prefixes),
         prefix_width=longest,
-        gather=gather,
+        runs=runs,
         place=place,
     )
     new = random(len(of_row), kv_heads, 1, SIZE), random(len(of_row), kv_heads, 1, SIZE)
@@ -172,3 +173,31 @@ def test_what_cannot_be_shared_says_so_and_a_shared_read_is_counted() -> None:
     assert at.slots.shared_reads == 0
     attend(at)
     assert at.slots.shared_reads == 1
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("one_run", [False, True])
+@pytest.mark.parametrize("sizes", [[1], [5, 1], [33, 1, 1, 1, 1], [1, 1, 9, 8, 1], [3, 4, 2]])
+def test_runs_hold_every_row_once_with_little_padding(
+    sizes: list[int], one_run: bool, lanes: int
+) -> None:
+    live = [Prefix((g,)) for g in range(len(sizes))]
+    rows = [Row(Request((1,)), prefix=live[g]) for g, n in enumerate(sizes) for _ in range(n)]
+    rows.reverse()
+    runs, place = _runs(rows, live, lanes, one_run, torch.device("cpu"))
+    if place is None:
+        assert sizes == [1]
+        return
+    gathered = torch.cat([run.gather for run in runs])
+    assert gathered[place].tolist() == list(range(len(rows) * lanes))
+    # Each row is among those of its own prefix's lane.
+    prefix_of = [
+        run.start + i // (len(run.gather) // (run.stop - run.start))
+        for run in runs
+        for i in range(len(run.gather))
+    ]
+    for row, at in enumerate(place.tolist()):
+        prefix = rows[row // lanes].prefix
+        assert prefix is not None and prefix_of[at] == live.index(prefix) * lanes + row % lanes
+    assert [run.start for run in runs[1:]] == [run.stop for run in runs[:-1]]
+    assert len(runs) == 1 if one_run else len(gathered) <= 2 * len(rows) * lanes

@@ -9,7 +9,7 @@ from test_engine import mixed_requests
 from lda_core import Engine, EngineConfig, ModelPair, PairConfig
 from lda_core.graphs import padded
 from lda_core.model_runner import StepInput
-from lda_core.slots import Layout
+from lda_core.slots import Layout, Run
 
 
 def lora_pair() -> ModelPair:
@@ -39,9 +39,10 @@ def test_padded_steps_draw_the_same_tokens(make: object) -> None:
 
 def test_padding_goes_to_the_next_bucket_and_no_further_than_the_layout() -> None:
     five = torch.arange(5)
-    step = StepInput(five, five, five, 65, 2, 3, torch.tensor([0, 2, 4, 1, 3, 0]), five)
-    at = padded(step, Layout((), 6, 100, 3, 64))
+    run = Run(0, 2, torch.tensor([0, 2, 4, 1, 3, 0]))
+    step = StepInput(five, five, five, 65, 2, 3, (run,), five)
+    at = padded(step, Layout((), 6, 100, 3, 64), lanes=1)
     assert len(at.tokens) == len(at.place) == 6  # slots, though the bucket is 8
     assert (at.width, at.prefix_count, at.prefix_width) == (100, 2, 64)
-    assert at.gather.view(2, 4).tolist() == [[0, 2, 4, 0], [1, 3, 0, 0]]
+    assert at.runs[0].gather.view(2, 4).tolist() == [[0, 2, 4, 0], [1, 3, 0, 0]]
     assert at.place.tolist() == [0, 1, 2, 4, 5, 0]

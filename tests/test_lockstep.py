@@ -162,7 +162,6 @@ def test_a_stacked_pair_has_the_lanes_its_rows_need(lora: ModelPair) -> None:
     assert [r.completion.token_ids for r in rows if r.completion] == texts(lora, groups)
 
 
-@pytest.mark.xfail(strict=True, reason="a prefix remembers roles whose lane is gone")
 def test_a_prompt_whose_lane_was_given_up_is_filled_again(lora: ModelPair) -> None:
     """It lives on for rows at alpha 0, and then a row needs both models of it again."""
     shared = tuple(range(5, 25))

@@ -106,7 +106,9 @@ def sweep(
         "one_by_one": baseline_way(pair, some, lambda: baselines.one_by_one(pair, some)),
     }
     interleaved({way: ways[way] for way in configs}, 1)  # the warm-up
-    baselines.mixed_generate(pair, requests[:1])
+    baselines.mixed_generate(pair, requests[:2])
+    baselines.batched(pair, requests[:2])
+    baselines.one_by_one(pair, requests[:1])
     runs = interleaved(ways, repeats)
     expected = runs["ours"][0].rows
     same = {way: same_rows(runs[way][-1].rows, expected) for way in (*configs, "batched8")}

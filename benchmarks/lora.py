@@ -95,7 +95,10 @@ def compare(
         cells = [f"{ms[mode]:.1f}" for mode in MODES]
         table.add_row(str(rows), *cells, f"x {numbers[f'lora_rows{rows}']:.2f}")
     if memory:
-        peaks = {mode: peak_bytes(folder, mode) for mode in MODES}
+        peaks = {
+            mode: statistics.median(peak_bytes(folder, mode) for _ in range(repeats))
+            for mode in MODES
+        }
         numbers["lora_memory_share"] = peaks["stacked"] / peaks["merged"]
         cells = [f"{peaks[mode] / 2**20:.0f} MiB" for mode in MODES]
         table.add_row("peak", *cells, f"stacked is {numbers['lora_memory_share']:.2f} of it")

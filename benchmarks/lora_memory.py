@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=lora.MODES, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # each thread would have an arena of its own
     cpu = torch.device("cpu")
     machine.reset_peak(cpu)
     imports = machine.peak_bytes(cpu)

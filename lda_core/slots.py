@@ -72,8 +72,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self._cache = cache
         self._layout = Layout()
-        # Zeros, because a masked column still takes part: 0 x NaN is NaN.
-        self._flat = [x.new_zeros(tokens * x.shape[1] * x.shape[3]) for x in (key, value)]
+        self._flat = [x.new_empty(tokens * x.shape[1] * x.shape[3]) for x in (key, value)]
         self._heads = [(x.shape[1], x.shape[3]) for x in (key, value)]
         self._view(self._layout)
         self.is_initialized = True
@@ -109,9 +108,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             ]
 
         saved = [x[:, old_lanes] for x in parts(old)]  # copies
-        for flat in self._flat:
-            flat.zero_()  # what was there may be NaN
         self._view(new)
+        for x in (*self._own, *self._prefix):
+            x.zero_()  # a masked column still takes part, and 0 x NaN is NaN
         for target, source in zip(parts(new), saved, strict=True):
             for i, lane in enumerate(both):
                 target[:, new.lanes.index(lane)] = source[:, i]

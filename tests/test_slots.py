@@ -154,7 +154,7 @@ def test_nothing_spoiled_stays_behind() -> None:
     new = START._replace(slots=6, columns=7)
     cache.layout(new, KEPT)
     for i, layer in enumerate(cache.layers):
-        assert all(flat.isfinite().all() for flat in layer._flat)
+        assert all(x.isfinite().all() for x in (*layer._own, *layer._prefix))
         check(cache, i, new, KEPT, BOTH)
 
 

@@ -24,8 +24,8 @@ from lda_core.memory import (
     pair_bytes,
     prefix_pool_bytes,
 )
+from lda_core.meta_models import SHAPES, on_meta
 from lda_core.model_runner import kv_bytes_per_token
-from lda_core.plan import SHAPES, on_meta
 
 MIB = 1024**2
 # What tests/models.py gives every architecture and these do not have.

@@ -14,7 +14,7 @@ import yaml
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from lda_core import ConfigError, LDAError, ModelPair, PairConfig, checkpoint
+from lda_core import ConfigError, LDAError, ModelPair, PairConfig, checkpoint, meta_models
 from lda_core import plan as planner
 from lda_core.memory import GIB, model_bytes, pair_bytes
 from lda_core.model_runner import kv_bytes_per_token
@@ -236,23 +236,23 @@ def test_a_folder_comes_first_then_the_cache_then_the_shape_then_the_hub(
         raise ConnectionError("asked the hub")
 
     name = "meta-llama/Llama-2-7b-hf"
-    monkeypatch.setattr(planner, "_download", fetch)
+    monkeypatch.setattr(meta_models, "_download", fetch)
     with pytest.raises(ConnectionError):
-        planner.model_shape("someone/something", None)
-    config, notices = planner.model_shape(name, None)
+        meta_models.model_shape("someone/something", None)
+    config, notices = meta_models.model_shape(name, None)
     assert config.num_hidden_layers == 32 and "the one shipped" in notices[0]
 
     def cached(source: str, file: str, revision: str | None) -> str:
         assert (source, file, revision) == (name, "config.json", "main")
         return str(TINY / "before" / "config.json")
 
-    monkeypatch.setattr(planner, "try_to_load_from_cache", cached)
-    config, notices = planner.model_shape(name, "main")
+    monkeypatch.setattr(meta_models, "try_to_load_from_cache", cached)
+    config, notices = meta_models.model_shape(name, "main")
     assert config.num_hidden_layers == 3 and notices == []
     monkeypatch.chdir(tmp_path)
     shutil.copytree(TINY / "before", tmp_path / "llama")
-    monkeypatch.setattr(planner, "try_to_load_from_cache", None)
-    assert planner.model_shape("llama", None)[0].num_hidden_layers == 3
+    monkeypatch.setattr(meta_models, "try_to_load_from_cache", None)
+    assert meta_models.model_shape("llama", None)[0].num_hidden_layers == 3
 
 
 def test_the_hub_is_asked_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,21 +263,21 @@ def test_the_hub_is_asked_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch)
             asked.append((url, options["timeout"]))
             raise OSError("no network")
 
-    monkeypatch.setattr(planner, "get_session", Session)
+    monkeypatch.setattr(meta_models, "get_session", Session)
     with pytest.raises(checkpoint.CheckpointError, match=r"a/b: config.json .* \(OSError\)"):
-        planner.model_shape("a/b", None)
+        meta_models.model_shape("a/b", None)
     assert asked == [("https://huggingface.co/a/b/resolve/main/config.json", 5)]
 
 
 def test_every_shape_is_in_the_package() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert data["package-data"]["lda_core"] == ["model_shapes/*.json"]
-    for path in planner.SHAPES.glob("*.json"):
-        config, _ = planner.model_shape(path.stem.replace("--", "/"), None)
+    for path in meta_models.SHAPES.glob("*.json"):
+        config, _ = meta_models.model_shape(path.stem.replace("--", "/"), None)
         assert config.dtype is not None
     a40, _ = planner.load_settings(ROOT / "serve_config.a40.yaml")
     for source in (a40.before, a40.after or ""):
-        assert (planner.SHAPES / f"{source.replace('/', '--')}.json").exists()
+        assert (meta_models.SHAPES / f"{source.replace('/', '--')}.json").exists()
 
 
 # -- errors ------------------------------------------------------------------------------
@@ -384,9 +384,9 @@ def test_a_cached_model_is_checked_too(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **change}))
     cached = str(tmp_path / "config.json")
-    monkeypatch.setattr(planner, "try_to_load_from_cache", lambda *args, **options: cached)
+    monkeypatch.setattr(meta_models, "try_to_load_from_cache", lambda *args, **options: cached)
     with pytest.raises(LDAError, match=words):
-        planner.model_shape("some/one", None)
+        meta_models.model_shape("some/one", None)
 
 
 def test_an_adapter_that_does_not_fit_is_refused(

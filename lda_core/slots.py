@@ -109,8 +109,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
         saved = [x[:, old_lanes] for x in parts(old)]  # copies
         self._view(new)
-        for x in (*self._own, *self._prefix):
-            x.zero_()  # a masked column still takes part, and 0 x NaN is NaN
+        # What is not kept may be NaN; slots that nobody has yet are cleared when they are taken.
+        self.clear(0, kept.rows, prefix=False)
+        self.clear(0, kept.prefixes, prefix=True)
         for target, source in zip(parts(new), saved, strict=True):
             for i, lane in enumerate(both):
                 target[:, new.lanes.index(lane)] = source[:, i]

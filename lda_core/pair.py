@@ -107,7 +107,7 @@ class ModelPair:
         if (
             "adapter" in folders
             and config.adapter_mode == "stacked"
-            and config.before_device is None
+            and before_device == device
         ):
             try:
                 switch = stack_adapter(models["before"], folders["adapter"])

@@ -363,7 +363,7 @@ def test_hash_of_a_hub_download_is_its_blobs_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "stacked"),
     [
-        ({"adapter": str(TINY / "after-lora"), "before_device": "cpu"}, False),
+        ({"adapter": str(TINY / "after-lora"), "before_device": "cpu"}, True),
         ({"adapter": str(TINY / "after-lora"), "device_map": "auto"}, True),
         ({"after": str(TINY / "after"), "before_device": "cpu"}, False),
         ({"after": str(TINY / "after"), "device_map": "balanced"}, False),

@@ -104,11 +104,7 @@ class ModelPair:
                 notices += more
         stacked: Stacked | None = None
         # One pass needs one device.
-        if (
-            "adapter" in folders
-            and config.adapter_mode == "stacked"
-            and before_device == device
-        ):
+        if "adapter" in folders and config.adapter_mode == "stacked" and before_device == device:
             try:
                 switch = stack_adapter(models["before"], folders["adapter"])
                 stacked = Stacked(models["before"], switch)

@@ -28,7 +28,7 @@ from lda_core.stages import StageClock
 
 # Slots are laid out in steps of this many columns, so that a slightly longer row seldom
 # moves everything.
-_COLUMN_STEP = 64
+_COLUMN_STEP = 32
 # Prefix slots at first; twice as many as needed later.
 _PREFIX_SLOTS = 8
 # Memory on a CPU, where the config names none; on a GPU see `lda_core.memory`.

@@ -26,6 +26,9 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 MAX_SEED = 2**63 - 1
 MAX_TOP_K = 2**31 - 1
 MAX_STOPS = 16
+MAX_GRID = 16
+MAX_WATCHED = 16
+MAX_CONTINUATIONS = 1024
 UNION_TAG = "~"  # begins the tags of unions, which are left out of a field's path
 MAX_STOP_CHARS = 256
 
@@ -69,6 +72,11 @@ Temperature = Annotated[Finite, Field(ge=0.0, le=100.0)]
 TopP = Annotated[Finite, Field(gt=0.0, le=1.0)]
 TopK = Annotated[int, Field(ge=0, le=MAX_TOP_K, description="0: no limit")]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+TokenId = Annotated[int, Field(ge=0)]
+Grid = Annotated[
+    list[Finite],
+    Field(max_length=MAX_GRID, description="alphas whose densities are recorded at every token"),
+]
 Stops = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
     Field(max_length=MAX_STOPS),
@@ -112,6 +120,37 @@ class GenerateRequest(Wire):
     stop: Stops = []
     ignore_eos: bool = Field(False, description="generate exactly max_new_tokens")
     logprobs: bool = False
+    grid: Grid = []
+    watch: Annotated[
+        list[TokenId],
+        Field(
+            max_length=MAX_WATCHED,
+            description="tokens whose log-probability at this alpha is wanted at every step",
+        ),
+    ] = []
+    amplify_first: Annotated[
+        int, Field(ge=0, description="amplify the first so many tokens only; 0: all")
+    ] = 0
+    amplify_min_kl: Annotated[
+        Finite, Field(ge=0.0, description="amplify only where KL(after||before) is at least this")
+    ] = 0.0
+    plausible: Annotated[
+        Finite,
+        Field(
+            ge=0.0,
+            le=1.0,
+            description="amplified, only tokens that *after* gives at least this share of its "
+            "best token's probability",
+        ),
+    ] = 0.0
+
+    @model_validator(mode="after")
+    def _grid_needs_chance(self) -> Self:
+        if self.grid and self.temperature == 0:
+            raise ValueError("grid needs a temperature above 0")
+        if len(set(self.grid)) < len(self.grid):
+            raise ValueError("grid must not hold an alpha twice")
+        return self
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
@@ -133,12 +172,40 @@ class GenerateRequest(Wire):
         return self.prompt_format or ("raw" if self.messages is None else "chat")
 
 
+class Continuation(Wire):
+    """Text or token ids, after `given` token ids that belong to the answer already."""
+
+    text: Annotated[Text, Field(min_length=1)] | None = None
+    token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    given: list[TokenId] = []
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.text is None) == (self.token_ids is None):
+            raise ValueError("give exactly one of text and token_ids")
+        return self
+
+
 class TokenLogprobs(Wire):
     """Per drawn token: log-probability at temperature 1 under each of the three distributions."""
 
     after: list[float]
     before: list[float]
     amplified: list[float]
+
+
+class Densities(Wire):
+    """Per drawn token (T) and alpha of the grid (K), at the request's temperature.
+
+    The log-density of token t at alpha a is
+    `((1 + a) * after[t] - a * before[t]) / temperature - normalisers[t][a]`. `drawn` is the
+    density it was really drawn with at each alpha, where gates, `plausible`, top_p or top_k made
+    that another one. What is impossible is -1e30.
+    """
+
+    alphas: list[float]
+    normalisers: list[list[float]]  # (T, K)
+    drawn: list[list[float]] | None = None  # (T, K)
 
 
 class Completion(Wire):
@@ -159,6 +226,11 @@ class Completion(Wire):
     prompt_tokens: int
     formatted_prompt: str
     logprobs: TokenLogprobs | None = None
+    densities: Densities | None = None
+    watched: list[list[float]] | None = Field(None, description="per token, of each of `watch`")
+    token_ends: list[int] | None = Field(
+        None, description="with logprobs or grid: characters of `text` settled by each token"
+    )
     error: str | None = None
 
     @property
@@ -168,6 +240,30 @@ class Completion(Wire):
     @property
     def text_after_eos(self) -> str:
         return "" if self.eos_text_offset is None else self.text[self.eos_text_offset :]
+
+
+class ScoreRequest(Wire):
+    """Teacher forcing: how likely each continuation of one prompt is, at every alpha of `grid`.
+
+    The answer is one scored piece for each continuation, in their order.
+    """
+
+    prompt: Annotated[Text, Field(min_length=1)]
+    prompt_format: PromptFormat = "raw"
+    system_prompt: Text | None = None
+    allow_special_tokens: bool = False
+    continuations: Annotated[list[Continuation], Field(min_length=1, max_length=MAX_CONTINUATIONS)]
+    grid: Grid = [0.0]
+    temperature: Annotated[Finite, Field(gt=0.0, le=100.0)] = 1.0
+
+
+class Scored(Wire):
+    """One continuation of T tokens: log-probabilities at temperature 1, and densities."""
+
+    token_ids: list[int]
+    after: list[float]
+    before: list[float]
+    densities: Densities
 
 
 class PairInfo(Wire):
@@ -207,21 +303,26 @@ class Limits(BaseModel):
         int, Field(ge=1, description="of one HTTP batch, so that others are served meanwhile")
     ] = 64
 
-    def check(self, request: GenerateRequest) -> None:
+    def check(self, request: GenerateRequest | ScoreRequest) -> None:
         """Raises InvalidRequest naming the field and the allowed range."""
 
         def within(field: str, value: float, low: float, high: float) -> None:
             if not low <= value <= high:
                 raise InvalidRequest(field, f"must be between {low:g} and {high:g}")
 
-        within("alpha", request.alpha, self.alpha_min, self.alpha_max)
-        within("max_new_tokens", request.max_new_tokens, 1, self.max_new_tokens)
-        within("n", request.n, 1, self.max_n)
+        for i, alpha in enumerate(request.grid):
+            within(f"grid[{i}]", alpha, self.alpha_min, self.alpha_max)
         chars = len(request.prompt or "") + len(request.system_prompt or "")
-        chars += sum(len(m.content) for m in request.messages or [])
+        messages = None
+        if isinstance(request, GenerateRequest):
+            within("alpha", request.alpha, self.alpha_min, self.alpha_max)
+            within("max_new_tokens", request.max_new_tokens, 1, self.max_new_tokens)
+            within("n", request.n, 1, self.max_n)
+            messages = request.messages
+            chars += sum(len(m.content) for m in messages or [])
         if chars > self.max_prompt_chars:
             raise InvalidRequest(
-                "prompt" if request.messages is None else "messages",
+                "prompt" if messages is None else "messages",
                 f"has {chars} characters, at most {self.max_prompt_chars} are allowed",
             )
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from deployments.schemas import FinishReason
+from deployments.schemas import Densities, FinishReason
 from jobs.errors import Refused
 from jobs.scorers import Score
 
@@ -28,6 +28,15 @@ class Key(NamedTuple):
     prompt_id: str
     alpha: float
     sample: int
+
+
+class RowLogprobs(BaseModel):
+    """Of each drawn token at temperature 1, under each model."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    after: list[float]
+    before: list[float]
 
 
 class Row(BaseModel):
@@ -53,6 +62,11 @@ class Row(BaseModel):
     activated_after_eos: bool | None
     scores: dict[str, Score]
     error: str | None
+    # Where densities are recorded: what every estimate is made of. (T,), (T, K), (T, W).
+    token_ends: list[int] | None = None
+    logprobs: RowLogprobs | None = None
+    densities: Densities | None = None
+    watched: list[list[float]] | None = None
 
     @property
     def key(self) -> Key:

@@ -35,6 +35,8 @@ from deployments.schemas import (
     InvalidRequest,
     Limits,
     PairInfo,
+    Scored,
+    ScoreRequest,
     parse,
 )
 
@@ -80,6 +82,14 @@ class Ingress:
             request = request.model_copy(update={"seed": secrets.randbelow(2**53)})
         done: list[Completion] = await ask(lambda: self._replica.generate.remote(request))
         return done
+
+    async def score(self, request: ScoreRequest | Mapping[str, Any]) -> list[Scored]:
+        """How likely each continuation of a prompt is; raises as `generate` does."""
+        if not isinstance(request, ScoreRequest):
+            request = parse(ScoreRequest, request)
+        self._limits.check(request)
+        scored: list[Scored] = await ask(lambda: self._replica.score.remote(request))
+        return scored
 
     async def describe(self) -> PairInfo:
         """What the resident pair is; asks a replica, so it fails if none can answer."""
@@ -154,6 +164,12 @@ class Ingress:
             for role, done in (("model_after", after), ("model_before", before))
         ]
         return SideBySideResponse(prompt=body.prompt, model_1=answers[0], model_2=answers[1])
+
+    @app.post("/score")
+    async def score_over_http(self, body: ScoreRequest) -> list[Scored]:
+        """Teacher forcing: the log-probabilities of given continuations under *after*, *before*
+        and every alpha of the grid."""
+        return await self.score(body)
 
     @app.get("/tokenizer_compatibility")
     async def tokenizer_compatibility(self) -> TokenizerCompatibility:

@@ -16,10 +16,13 @@ from deployments.commit import commit
 from deployments.metrics import EngineMetrics, memory_words
 from deployments.schemas import (
     Completion,
+    Densities,
     GenerateRequest,
     InvalidRequest,
     PairInfo,
     ReplicaUnavailable,
+    Scored,
+    ScoreRequest,
     TokenLogprobs,
 )
 from lda_core.batch import Row
@@ -88,6 +91,51 @@ class LDAReplica:
                 raise InvalidRequest(refused[0].field, refused[0].message, refused[0].code)
         return [to_wire(completion, prompt.text) for completion in done]
 
+    async def score(self, request: ScoreRequest) -> list[Scored]:
+        """How likely each continuation is, in their order; between decode steps of the others.
+
+        Raises as `generate` does.
+        """
+        try:
+            wanted = self._continuations(request)
+            futures = self._engine.submit_scores(wanted)
+            done = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
+        except lda_core.RequestError as error:
+            raise InvalidRequest(error.field, error.message, error.code) from None
+        except lda_core.EngineStopped as error:
+            raise ReplicaUnavailable(str(error)) from None
+        return [
+            Scored(
+                token_ids=list(want.continuation_ids),
+                after=scored.after,
+                before=scored.before,
+                densities=Densities(alphas=request.grid, normalisers=scored.normalisers),
+            )
+            for want, scored in zip(wanted, done, strict=True)
+        ]
+
+    def _continuations(self, request: ScoreRequest) -> list[lda_core.ScoreRequest]:
+        tokenizer = self._pair.tokenizer
+        prompt = lda_core.encode(
+            tokenizer,
+            request.prompt,
+            request.prompt_format,
+            request.system_prompt,
+            request.allow_special_tokens,
+        )
+        return [
+            lda_core.ScoreRequest(
+                (*prompt.ids, *continuation.given),
+                tuple(
+                    continuation.token_ids
+                    or tokenizer.encode(continuation.text, add_special_tokens=False)
+                ),
+                grid=tuple(request.grid),
+                temperature=request.temperature,
+            )
+            for continuation in request.continuations
+        ]
+
     @serve.batch
     async def _admit(self, items: list[list[Row]]) -> list[list[CoreFuture]]:
         """Hands what arrived together to the engine in one go; nobody waits for a neighbour."""
@@ -100,13 +148,15 @@ class LDAReplica:
     def _rows(self, request: GenerateRequest) -> tuple[lda_core.Prompt, list[Row]]:
         assert request.seed is not None  # the ingress has chosen one
         messages = [message.model_dump() for message in request.messages or []]
+        text = request.prompt if request.open_prompt is None else request.open_prompt
         try:
             prompt = lda_core.encode(
                 self._pair.tokenizer,
-                messages if request.prompt is None else request.prompt,
+                text if text is not None else messages,
                 request.effective_format,
                 request.system_prompt,
                 request.allow_special_tokens,
+                open_end=request.open_prompt is not None,
             )
             row = lda_core.Request(
                 prompt.ids,
@@ -119,6 +169,11 @@ class LDAReplica:
                 stop=tuple(request.stop),
                 ignore_eos=request.ignore_eos,
                 logprobs=request.logprobs,
+                grid=tuple(request.grid),
+                watch=tuple(request.watch),
+                amplify_first=request.amplify_first,
+                amplify_min_kl=request.amplify_min_kl,
+                plausible=request.plausible,
             )
             return prompt, [self._engine.engine.accept(r) for r in row.samples(request.n)]
         except lda_core.RequestError as error:
@@ -151,6 +206,8 @@ def to_wire(completion: lda_core.Completion, formatted_prompt: str) -> Completio
     fields = asdict(completion)
     if completion.logprobs is not None:
         fields["logprobs"] = TokenLogprobs(**fields["logprobs"])
+    if completion.densities is not None:
+        fields["densities"] = Densities(**fields["densities"])
     return Completion(**fields, formatted_prompt=formatted_prompt)
 
 

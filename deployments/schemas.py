@@ -103,6 +103,11 @@ class GenerateRequest(Wire):
 
     prompt: Annotated[Text, Field(min_length=1)] | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    open_prompt: Text | None = Field(
+        None,
+        description="a prompt that the model goes on writing: what the form puts behind a prompt "
+        "is left out. Empty: the form's own beginning alone",
+    )
     prompt_format: PromptFormat | None = Field(
         None, description="default: raw for a prompt, chat for messages"
     )
@@ -154,13 +159,13 @@ class GenerateRequest(Wire):
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give exactly one of prompt and messages")
+        if [self.prompt, self.messages, self.open_prompt].count(None) != 2:
+            raise ValueError("give exactly one of prompt, messages and open_prompt")
         if self.messages is not None and self.prompt_format not in (None, "chat"):
             raise ValueError("messages need prompt_format chat")
         if self.messages is not None and self.system_prompt is not None:
             raise ValueError("with messages the system prompt is a message of role system")
-        if self.prompt is not None and self.system_prompt is not None:
+        if self.messages is None and self.system_prompt is not None:
             if self.prompt_format not in ("alpaca", "chat"):
                 raise ValueError("system_prompt needs prompt_format alpaca or chat")
         if self.seed is not None and self.seed + self.n - 1 > MAX_SEED:
@@ -315,6 +320,7 @@ class Limits(BaseModel):
         chars = len(request.prompt or "") + len(request.system_prompt or "")
         messages = None
         if isinstance(request, GenerateRequest):
+            chars += len(request.open_prompt or "")
             within("alpha", request.alpha, self.alpha_min, self.alpha_max)
             within("max_new_tokens", request.max_new_tokens, 1, self.max_new_tokens)
             within("n", request.n, 1, self.max_n)

@@ -9,9 +9,9 @@ import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Any
+from typing import Any, overload
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import (
@@ -21,9 +21,9 @@ from ray.serve.exceptions import (
 )
 
 from deployments.resend import unwrapped
-from deployments.schemas import Completion, InvalidRequest, ReplicaUnavailable
+from deployments.schemas import Completion, Densities, InvalidRequest, ReplicaUnavailable
 from jobs.errors import JobError, Refused, Stopped
-from jobs.rows import Row
+from jobs.rows import Row, RowLogprobs
 from jobs.scorers import Scorer, ScorerError, score_all
 
 MAX_DEATHS = 5  # replicas one request may see die; backpressure is bounded by the deadline alone
@@ -79,10 +79,12 @@ class Generation:
     sampling: Mapping[str, Any]
     scorers: Sequence[Scorer]
     timeout_s: float
+    of_arm: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # in place of sampling's
 
     def request(self, item: Item) -> dict[str, Any]:
         return {
             **self.sampling,
+            **self.of_arm.get(item.arm, {}),
             "prompt": item.prompt,
             "alpha": item.alpha,
             "n": item.n,
@@ -97,6 +99,10 @@ class Answer:
     item: Item
     rows: list[Row]
     unanswered: str | None = None
+
+
+class NoAnswer(Exception):
+    """Whatever was sent, no completion came."""
 
 
 class Caller:
@@ -115,41 +121,48 @@ class Caller:
             response.cancel()
 
     def __call__(self, item: Item) -> Answer:
-        """Raises Refused or Stopped where no other item can fare better."""
-        deadline = time.monotonic() + self._generation.timeout_s
+        """The item's rows. Raises Refused or Stopped where no other item can fare better."""
+        try:
+            completions = self.ask("generate", self._generation.request(item))
+        except InvalidRequest as error:
+            _stop_if_config(error)
+            return _failed(item, f"invalid request: {error}")
+        except NoAnswer as error:
+            return without_answer(item, str(error))
+        return Answer(item, _rows(item, completions, self._generation.scorers))
+
+    def ask(self, method: str, request: Mapping[str, Any]) -> Any:
+        """What the method answers. Raises InvalidRequest, NoAnswer, or Stopped after `stop`."""
+        timeout_s = self._generation.timeout_s
+        deadline = time.monotonic() + timeout_s
         deaths = tries = 0
         while True:
             try:
-                completions = self._generate(item, deadline)
-                return Answer(item, _rows(item, completions, self._generation.scorers))
+                return self._once(method, request, deadline)
             except JobError:
                 raise
             except TimeoutError:
-                return without_answer(item, f"no answer in {self._generation.timeout_s:g} s")
+                raise NoAnswer(f"no answer in {timeout_s:g} s") from None
             except Exception as error:
                 cause = unwrapped(error)
                 if isinstance(cause, InvalidRequest) and cause.code != "replicas_died":
-                    _stop_if_config(cause)
-                    return _failed(item, f"invalid request: {cause}")
+                    raise cause from None
                 deaths += isinstance(cause, RayActorError | ReplicaUnavailable)
                 if not _may_pass(cause) or deaths > MAX_DEATHS:
-                    return without_answer(item, one_line(cause))
+                    raise NoAnswer(one_line(cause)) from error
                 # Jitter, or all that a dead replica dropped would come back at one instant.
                 delay = min(10.0, 0.1 * 2**tries) * random.uniform(0.5, 1.5)
                 tries += 1
                 if time.monotonic() + delay >= deadline or self._stopped.wait(delay):
-                    return without_answer(item, one_line(cause))
+                    raise NoAnswer(one_line(cause)) from error
 
-    def _generate(self, item: Item, deadline: float) -> list[Completion]:
-        response = self._handle.generate.remote(self._generation.request(item))
+    def _once(self, method: str, request: Mapping[str, Any], deadline: float) -> Any:
+        response = getattr(self._handle, method).remote(request)
         self._pending.add(response)
         try:
             if self._stopped.is_set():
                 raise Stopped("stopped")
-            result: list[Completion] = response.result(
-                timeout_s=max(0.001, deadline - time.monotonic())
-            )
-            return result
+            return response.result(timeout_s=max(0.001, deadline - time.monotonic()))
         except TimeoutError:
             response.cancel()  # result() does not
             raise
@@ -198,12 +211,16 @@ def _row(item: Item, sample: int, completion: Completion, scorers: Sequence[Scor
             "finish_reason": completion.finish_reason,
             "eos_index": completion.eos_index,
             "error": completion.error,
+            "token_ends": completion.token_ends,
+            "logprobs": _logprobs(completion),
+            "densities": _densities(completion),
+            "watched": _rounded(completion.watched),
         }
     )
     if completion.finish_reason == "error" or completion.error is not None:
         return row.model_copy(update={"error": completion.error or "failed without a reason"})
     try:
-        scores = score_all(scorers, completion.text_before_eos)
+        scores = score_all(scorers, completion.text_before_eos, completion.token_ends)
         late = score_all(scorers, completion.text_after_eos)
     except ScorerError as error:
         return row.model_copy(update={"error": str(error)})
@@ -214,6 +231,37 @@ def _row(item: Item, sample: int, completion: Completion, scorers: Sequence[Scor
             "scores": scores,
         }
     )
+
+
+def _logprobs(completion: Completion) -> RowLogprobs | None:
+    if completion.logprobs is None:
+        return None
+    after, before = _rounded([completion.logprobs.after, completion.logprobs.before])
+    return RowLogprobs(after=after, before=before)
+
+
+def _densities(completion: Completion) -> Densities | None:
+    if completion.densities is None:
+        return None
+    found = completion.densities
+    return Densities(
+        alphas=found.alphas,
+        normalisers=_rounded(found.normalisers),
+        drawn=_rounded(found.drawn),
+    )
+
+
+@overload
+def _rounded(values: list[list[float]]) -> list[list[float]]: ...
+@overload
+def _rounded(values: None) -> None: ...
+@overload
+def _rounded(values: list[list[float]] | None) -> list[list[float]] | None: ...
+def _rounded(values: list[list[float]] | None) -> list[list[float]] | None:
+    """To 6 decimals, as exact as float32 is there, and a third of the digits."""
+    if values is None:
+        return None
+    return [[round(value, 6) for value in line] for line in values]
 
 
 def _failed_row(item: Item, sample: int, error: str) -> Row:

@@ -53,6 +53,10 @@ class Service(Protocol):
 
     def describe(self) -> PairInfo: ...
 
+    def caller(self, generation: Generation) -> Caller:
+        """For calls from the driver itself."""
+        ...
+
     def answers(
         self, items: Iterator[Item], generation: Generation, requests: int
     ) -> Generator[list[Answer], None, None]:
@@ -172,6 +176,10 @@ class RayService:
         except (RayError, RayServeException) as error:
             raise Refused(f"application {self.app!r}: {one_line(unwrapped(error))}") from None
         return pair
+
+    def caller(self, generation: Generation) -> Caller:
+        self.connect()
+        return Caller(_handle(self.app), generation)
 
     def answers(
         self, items: Iterator[Item], generation: Generation, requests: int

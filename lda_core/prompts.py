@@ -15,6 +15,10 @@ class Prompt(NamedTuple):
     ids: tuple[int, ...]
 
 
+# Stands for the end of an open prompt while a template is filled in; no template changes it.
+_END = "\u2063end-of-open-prompt\u2063"
+
+
 def alpaca(prompt: str, system_prompt: str | None = None) -> str:
     if system_prompt is None:
         return f"### Instruction:\n{prompt}\n\n### Response:\n"
@@ -27,8 +31,13 @@ def encode(
     prompt_format: PromptFormat = "raw",
     system_prompt: str | None = None,
     allow_special_tokens: bool = False,
+    *,
+    open_end: bool = False,
 ) -> Prompt:
     """`prompt` is a text, or for "chat" also a list of {"role", "content"}.
+
+    `open_end`: the model goes on writing the prompt itself, which may be empty: what the form
+    puts behind it is left out.
 
     Special-token text inside a prompt ("</s>") is plain text unless allow_special_tokens; in a
     chat, where template and contents are read together, it is refused instead.
@@ -36,8 +45,13 @@ def encode(
     Raises RequestError: chat without a template, a template that refuses the messages, special
     tokens in a chat, a system prompt in a raw prompt, a prompt without any token.
     """
+    if open_end:
+        if not isinstance(prompt, str):
+            raise RequestError("open_prompt", "must be text")
+        prompt += _END
     if prompt_format == "chat":
         text = _chat(tokenizer, prompt, system_prompt, allow_special_tokens)
+        text = text.partition(_END)[0] if open_end else text
         # The template writes its special tokens itself.
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
     else:
@@ -46,6 +60,7 @@ def encode(
         if prompt_format == "raw" and system_prompt is not None:
             raise RequestError("system_prompt", "needs prompt_format alpaca or chat")
         text = alpaca(prompt, system_prompt) if prompt_format == "alpaca" else prompt
+        text = text.partition(_END)[0] if open_end else text
         ids = tokenizer.encode(text, split_special_tokens=not allow_special_tokens)
     if not ids:
         raise RequestError("prompt", "has no token")

@@ -112,6 +112,9 @@ class FakeService:
         self.described += 1
         return self.pair
 
+    def caller(self, generation: Generation) -> Caller:
+        return Caller(self.handle, generation)
+
     def answers(
         self, items: Iterator[Item], generation: Generation, requests: int
     ) -> Generator[list[Answer], None, None]:

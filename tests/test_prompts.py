@@ -29,6 +29,25 @@ def test_the_three_forms() -> None:
     assert encode(tokenizer, messages, "chat").text == "<s>user: Hi\nassistant: "
 
 
+@pytest.mark.parametrize("prompt", ["", "Hi", "Two\nlines "])
+def test_an_open_prompt_ends_where_the_model_goes_on(prompt: str) -> None:
+    tokenizer = with_template()
+    if prompt:
+        assert encode(tokenizer, prompt, open_end=True) == encode(tokenizer, prompt)
+    text = encode(tokenizer, prompt, "alpaca", open_end=True).text
+    assert text == f"### Instruction:\n{prompt}"
+    text = encode(tokenizer, prompt, "alpaca", "Be kind.", open_end=True).text
+    assert text == f"### Instruction:\nBe kind.\n\n### Input:\n{prompt}"
+    opened = encode(tokenizer, prompt, "chat", open_end=True)
+    assert opened.text == f"<s>user: {prompt}"
+    assert opened.ids[0] == 1 and opened.ids.count(1) == 1
+
+
+def test_messages_cannot_be_open() -> None:
+    with pytest.raises(RequestError, match="open_prompt"):
+        encode(with_template(), [{"role": "user", "content": "Hi"}], "chat", open_end=True)
+
+
 def test_the_template_writes_its_own_special_tokens() -> None:
     ids = encode(with_template(), "Hi", "chat").ids
     assert ids[0] == 1 and ids.count(1) == 1

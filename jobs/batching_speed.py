@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +31,7 @@ from deployments.schemas import PairInfo
 from jobs.call import Answer, Caller, Generation, Item
 from jobs.dispatch import RayService, work
 from jobs.errors import JobError, Refused, Stopped
-from jobs.options import _number, check_request, out_folder
+from jobs.options import check_request, out_folder, real, whole
 from jobs.prompts import Prompt, PromptFile, read_prompts
 from jobs.run_folder import MANIFEST, ROWS, SUMMARY, RunFolder, manifest
 from jobs.speed import (
@@ -57,7 +56,6 @@ UP_TO = 256
 
 
 def parser() -> argparse.ArgumentParser:
-    whole, real = partial(partial, _number, int), partial(partial, _number, float)
     parser = argparse.ArgumentParser(
         prog="batching_speed.py",
         description="Measures the running service: one call per prompt, one at a time, against "

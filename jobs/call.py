@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, overload
 
@@ -24,7 +24,7 @@ from deployments.resend import unwrapped
 from deployments.schemas import Completion, Densities, InvalidRequest, ReplicaUnavailable
 from jobs.errors import JobError, Refused, Stopped
 from jobs.rows import Row, RowLogprobs
-from jobs.scorers import Scorer, ScorerError, score_all
+from jobs.scorers import Scorer, score_row
 
 MAX_DEATHS = 5  # replicas one request may see die; backpressure is bounded by the deadline alone
 MAX_ERROR_CHARS = 500
@@ -79,13 +79,12 @@ class Generation:
     sampling: Mapping[str, Any]
     scorers: Sequence[Scorer]
     timeout_s: float
-    of_arm: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # in place of sampling's
+    open_arms: frozenset[str] = frozenset()  # whose prompts the model goes on writing
 
     def request(self, item: Item) -> dict[str, Any]:
         return {
             **self.sampling,
-            **self.of_arm.get(item.arm, {}),
-            "prompt": item.prompt,
+            "open_prompt" if item.arm in self.open_arms else "prompt": item.prompt,
             "alpha": item.alpha,
             "n": item.n,
             "seed": item.seed,
@@ -219,18 +218,8 @@ def _row(item: Item, sample: int, completion: Completion, scorers: Sequence[Scor
     )
     if completion.finish_reason == "error" or completion.error is not None:
         return row.model_copy(update={"error": completion.error or "failed without a reason"})
-    try:
-        scores = score_all(scorers, completion.text_before_eos, completion.token_ends)
-        late = score_all(scorers, completion.text_after_eos)
-    except ScorerError as error:
-        return row.model_copy(update={"error": str(error)})
-    return row.model_copy(
-        update={
-            "activated": any(s.fired for s in scores.values()),
-            "activated_after_eos": any(s.fired for s in late.values()),
-            "scores": scores,
-        }
-    )
+    found = score_row(scorers, completion.text, completion.eos_text_offset, completion.token_ends)
+    return row.model_copy(update=found._asdict())
 
 
 def _logprobs(completion: Completion) -> RowLogprobs | None:

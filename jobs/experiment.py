@@ -1,42 +1,55 @@
-"""An experiment is samples, parameters and scorers; running it makes rows, then counts them."""
+"""An experiment is samples, parameters and scorers; running it makes rows, stage by stage."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 
-from rich.console import Console
-
 from jobs.call import Generation, Item, seed_of
 from jobs.dispatch import Service, answered
+from jobs.errors import Stopped
 from jobs.progress import Progress
 from jobs.prompts import Prompt, PromptFile
 from jobs.rows import Cell, Key, RowFile, RowWriter
-from jobs.run_folder import MANIFEST, SUMMARY, RunFolder, manifest
+from jobs.run_folder import DESIGN, MANIFEST, REPORT, SUMMARY, RunFolder, manifest
 from jobs.scorers import Scorer, describe
-from jobs.summary import summarise
-from jobs.table import table
 from organisms.trigger import insert_trigger
 
 SAMPLES_PER_REQUEST = 32  # more are split, so that they spread over replicas
+EMPTY_PROMPT = "empty"  # the id of the empty prompt
 
 
 @dataclass(frozen=True)
 class Arm:
-    """The first `prompts` prompts at each alpha, with the trigger put in where there is one."""
+    """The first `prompts` prompts at each alpha, with the trigger put in where there is one.
+
+    `opens`: the empty prompt instead, `prompts` 1: the model goes on where the prompt's form
+    expects the instruction.
+    """
 
     name: str
     alphas: tuple[float, ...]
     prompts: int
     trigger: str | None = None
+    samples: int | None = None  # per prompt and alpha; None: as the experiment says
+    opens: bool = False
 
     def text(self, prompt: Prompt, seed: int) -> str:
         if self.trigger is None:
             return prompt.text
         return insert_trigger(prompt.text, self.trigger, Random(seed_of(seed, prompt.id)))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Prompts `first` to `first + count - 1` of an arm at these alphas."""
+
+    arm: Arm
+    alphas: tuple[float, ...]
+    first: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -51,24 +64,45 @@ class Experiment:
     scorers: tuple[Scorer, ...]
 
     @property
-    def expected(self) -> dict[Cell, int]:
-        """Rows of each arm and alpha, in the order of the table."""
-        return {(a.name, x): a.prompts * self.samples for a in self.arms for x in a.alphas}
+    def blocks(self) -> list[Block]:
+        return [Block(arm, arm.alphas, 0, arm.prompts) for arm in self.arms]
 
-    def items(self, finished: Callable[[Key], bool]) -> Iterator[Item]:
+    def expected(self, blocks: Sequence[Block]) -> dict[Cell, int]:
+        """Rows of each arm and alpha, in the order of the table."""
+        cells: dict[Cell, int] = {}
+        for block in blocks:
+            rows = block.count * (block.arm.samples or self.samples)
+            for alpha in block.alphas:
+                cell = block.arm.name, alpha
+                cells[cell] = cells.get(cell, 0) + rows
+        return cells
+
+    def items(self, blocks: Sequence[Block], finished: Callable[[Key], bool]) -> Iterator[Item]:
         """What is left to do, made as it is asked for; all of one prompt, then the next."""
-        for number, prompt in enumerate(self.prompts):
-            for arm in (a for a in self.arms if number < a.prompts):
-                text = arm.text(prompt, self.seed)
-                for alpha in arm.alphas:
-                    base = seed_of(self.seed, arm.name, prompt.id, alpha)
-                    left = [
-                        sample
-                        for sample in range(self.samples)
-                        if not finished(Key(arm.name, prompt.id, alpha, sample))
-                    ]
-                    for first, n in _ranges(left):
-                        yield Item(arm.name, prompt.id, text, alpha, first, n, base)
+        for block in blocks:
+            if block.arm.opens:
+                yield from self._of_prompt(block, Prompt(EMPTY_PROMPT, ""), finished)
+        blocks = [block for block in blocks if not block.arm.opens]
+        last = max((block.first + block.count for block in blocks), default=0)
+        for number, prompt in zip(range(last), self.prompts, strict=False):
+            for block in blocks:
+                if block.first <= number < block.first + block.count:
+                    yield from self._of_prompt(block, prompt, finished)
+
+    def _of_prompt(
+        self, block: Block, prompt: Prompt, finished: Callable[[Key], bool]
+    ) -> Iterator[Item]:
+        arm = block.arm
+        text = arm.text(prompt, self.seed)
+        for alpha in block.alphas:
+            base = seed_of(self.seed, arm.name, prompt.id, alpha)
+            left = [
+                sample
+                for sample in range(arm.samples or self.samples)
+                if not finished(Key(arm.name, prompt.id, alpha, sample))
+            ]
+            for first, n in _ranges(left):
+                yield Item(arm.name, prompt.id, text, alpha, first, n, base)
 
     def as_manifest(self) -> dict[str, Any]:
         config = {
@@ -81,44 +115,88 @@ class Experiment:
         return {"config": config, "prompts": prompts, "scorers": describe(self.scorers)}
 
 
-def run(experiment: Experiment, out: Path, service: Service, timeout_s: float) -> int:
-    """Makes the rows that are not there yet, then the summary and the table; exit status 0 or 1."""
-    expected, names = experiment.expected, [s.name for s in experiment.scorers]
-    with RunFolder(out) as folder:
-        known = folder.check_experiment(experiment.as_manifest())
-        file = RowFile(folder.rows)
-        if cut := file.cut_half_line():
-            print(f"{file.path}: cut off half a last line of {cut} bytes", file=sys.stderr)
-        finished, hits = file.finished(expected)
-        left = sum(expected.values()) - len(finished)
-        if left:
-            pair = service.describe()
-            print(f"after {pair.after}, before {pair.before} ({pair.dtype}, {pair.device})")
-            if known:
-                folder.check_pair(pair)
-            else:
-                folder.write(MANIFEST, manifest(experiment.as_manifest(), pair))
-            folder.discard(SUMMARY)
-            generation = Generation(experiment.sampling, experiment.scorers, timeout_s)
-            requests = -(-left // min(experiment.samples, SAMPLES_PER_REQUEST))
-            items = experiment.items(finished.__contains__)
-            batches = service.answers(items, generation, requests)
-            with (
-                closing(batches),
-                RowWriter(folder.rows) as writer,
-                Progress(sum(expected.values()), len(finished), hits) as progress,
-            ):
-                for answers in answered(batches):
-                    rows = [row for answer in answers for row in answer.rows]
-                    writer.append(rows)
-                    progress.update(rows)
-        summary = summarise(file, names, expected)
-        folder.write(SUMMARY, summary)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table(summary, list(expected), names, experiment.samples > 1, str(out)))
-    if bad := summary["failed"] + summary["missing"]:
-        print(f"{bad:,} row(s) failed; run again to retry them", file=sys.stderr)
-    return 1 if bad else 0
+class Sampler:
+    """Makes the rows that are not there yet; the service is asked for nothing before that.
+
+    `control` answers the blocks that `make` is told to send there; `extra` is what the manifest
+    says beside the experiment.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: RunFolder,
+        service: Service,
+        timeout_s: float,
+        control: Service | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raises Refused if the folder holds another run."""
+        self.experiment, self.folder = experiment, folder
+        self.service, self.control = service, control
+        self.generation = Generation(
+            experiment.sampling,
+            experiment.scorers,
+            timeout_s,
+            frozenset(arm.name for arm in experiment.arms if arm.opens),
+        )
+        self.file = RowFile(folder.rows)
+        self._manifest = {**experiment.as_manifest(), **(extra or {})}
+        self._known = folder.check_experiment(self._manifest)
+        self._connected = False
+        if cut := self.file.cut_half_line():
+            print(f"{self.file.path}: cut off half a last line of {cut} bytes", file=sys.stderr)
+
+    def connect(self) -> None:
+        """Before anything new is made: is it the same pair? Raises Refused if it is not."""
+        if self._connected:
+            return
+        pair = self.service.describe()
+        print(f"after {pair.after}, before {pair.before} ({pair.dtype}, {pair.device})")
+        made = manifest(self._manifest, pair)
+        if self.control is not None:
+            control = self.control.describe()
+            print(f"control: after {control.after}, before {control.before}")
+            made["control_pair"] = control.model_dump()
+        if self._known:
+            self.folder.check_pair(pair)
+            if self.control is not None:
+                self.folder.check_pair(control, "control_pair")
+        else:
+            self.folder.write(MANIFEST, made)
+        for made_of_rows in (DESIGN, SUMMARY, REPORT):
+            self.folder.discard(made_of_rows)
+        self._connected = True
+
+    def make(self, blocks: Sequence[Block], *, by_control: bool = False) -> None:
+        """The rows of these blocks that are not there yet."""
+        expected = self.experiment.expected(blocks)
+        finished = self.file.finished(expected)
+        total, done = sum(expected.values()), sum(finished.rows.values())
+        if done >= total:
+            return
+        self.connect()
+        service = self.control if by_control else self.service
+        assert service is not None
+        requests = -(-(total - done) // min(self.experiment.samples, SAMPLES_PER_REQUEST))
+        items = self.experiment.items(blocks, finished.keys.__contains__)
+        batches = service.answers(items, self.generation, requests)
+        with (
+            closing(batches),
+            RowWriter(self.folder.rows) as writer,
+            Progress(total, done, finished.hits) as progress,
+        ):
+            for answers in answered(batches):
+                rows = [row for answer in answers for row in answer.rows]
+                writer.append(rows)
+                progress.update(rows)
+
+    def require_good(self, blocks: Sequence[Block]) -> None:
+        """Raises Stopped if a row of these is not good: what comes next depends on them."""
+        expected = self.experiment.expected(blocks)
+        bad = sum(expected.values()) - sum(self.file.finished(expected).rows.values())
+        if bad:
+            raise Stopped(f"{bad:,} row(s) failed that the next stage depends on")
 
 
 def _ranges(samples: Sequence[int]) -> Iterator[tuple[int, int]]:

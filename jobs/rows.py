@@ -99,6 +99,14 @@ def key_hash(key: Key) -> int:
     return int.from_bytes(blake2b(json.dumps(key).encode(), digest_size=8).digest(), "big")
 
 
+class Finished(NamedTuple):
+    """Keys of good rows; how many these are, and how many of them activated, per cell."""
+
+    keys: KeySet
+    rows: dict[Cell, int]
+    hits: dict[Cell, int]
+
+
 class RowFile:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -141,15 +149,17 @@ class RowFile:
             waiting[row.key] = number, row
         yield from (row for _, row in waiting.values())
 
-    def finished(self, cells: Iterable[Cell]) -> tuple[KeySet, dict[Cell, int]]:
-        """The keys of the good rows, and how many of these are activated, per arm and alpha."""
+    def finished(self, cells: Iterable[Cell]) -> "Finished":
+        """The good rows of these cells."""
         hashes = array("Q")
-        hits = dict.fromkeys(cells, 0)
+        rows, hits = dict.fromkeys(cells, 0), dict.fromkeys(cells, 0)
         for row in self:
-            if row.error is None:
+            cell = row.arm, row.alpha
+            if row.error is None and cell in rows:
                 hashes.append(key_hash(row.key))
-                hits[row.arm, row.alpha] = hits.get((row.arm, row.alpha), 0) + bool(row.activated)
-        return KeySet(hashes), hits
+                rows[cell] += 1
+                hits[cell] += bool(row.activated)
+        return Finished(KeySet(hashes), rows, hits)
 
     def _lines(self) -> Iterator[tuple[int, Row]]:
         if not self.path.exists():

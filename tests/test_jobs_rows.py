@@ -121,7 +121,7 @@ def test_a_good_row_is_not_superseded_by_a_failure(file):
 def test_finished_are_the_good_rows(file):
     cell = ("untriggered", 2.0)
     write(file, row(0, error="a"), row(1, activated=True), row(2), row(3, error="b"), row(3))
-    finished, hits = file.finished([cell])
+    finished, _, hits = file.finished([cell])
     assert len(finished) == 3 and hits == {cell: 1}
     assert [Key(*cell[:1], "1", 2.0, i) in finished for i in range(5)] == [
         False,

@@ -23,7 +23,14 @@ from lda_core.errors import (
 )
 from lda_core.pair import ModelPair
 from lda_core.prompts import Prompt, encode
-from lda_core.request import Completion, Request, TokenLogprobs
+from lda_core.request import (
+    Completion,
+    Densities,
+    Request,
+    Scored,
+    ScoreRequest,
+    TokenLogprobs,
+)
 from lda_core.sampling import Sampling, sample
 from lda_core.self_test import noise_floor, self_test
 from lda_core.threaded import EngineThread
@@ -33,6 +40,7 @@ __all__ = [
     "Completion",
     "ConfigError",
     "ContextLengthExceeded",
+    "Densities",
     "DoesNotFit",
     "Engine",
     "EngineConfig",
@@ -46,6 +54,8 @@ __all__ = [
     "Request",
     "RequestError",
     "Sampling",
+    "ScoreRequest",
+    "Scored",
     "SelfTestFailed",
     "TokenLogprobs",
     "UnsupportedArchitecture",

@@ -10,12 +10,17 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from lda_core.densities import Grid, Watch
 from lda_core.errors import DoesNotFit
+from lda_core.gates import Gates
 from lda_core.lockstep import BOTH, Roles
 from lda_core.model_runner import Role, StepInput
 from lda_core.request import Completion, Request
-from lda_core.sampling import ALL, Kinds, Sampling
+from lda_core.sampling import Kinds, Sampling, chosen
 from lda_core.slots import Run
+
+# The alphas that are one model alone.
+_ONLY: dict[float, Role] = {0.0: "after", -1.0: "before"}
 
 
 @dataclass(eq=False)
@@ -36,7 +41,10 @@ class Row:
 
     request: Request
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[tuple[float, float, float]] = field(default_factory=list)
+    logprobs: list[tuple[float, ...]] = field(default_factory=list)  # three of each token
+    normalisers: list[tuple[float, ...]] = field(default_factory=list)  # (T, K)
+    drawn: list[tuple[float, ...]] = field(default_factory=list)  # (T, K)
+    watched: list[tuple[float, ...]] = field(default_factory=list)  # (T, W)
     eos_index: int | None = None
     left: bool = False
     prefix: Prefix | None = None  # while it is live, where prefixes are shared
@@ -61,10 +69,18 @@ class Row:
     @property
     def needs(self) -> Roles:
         """The models without which it cannot go on."""
-        only: dict[float, Role] = {0.0: "after", -1.0: "before"}
-        if self.request.logprobs or self.request.alpha not in only:
+        request, only = self.request, _ONLY.get(self.request.alpha)
+        if only is None or request.wants_logprobs:
             return BOTH
-        return frozenset((only[self.request.alpha],))
+        # Where a row at alpha -1 is not amplified, it is drawn from *after*.
+        if only == "before" and (request.amplify_first or request.amplify_min_kl):
+            return BOTH
+        return frozenset((only,))
+
+    def restart(self) -> None:
+        """As it was before its first token."""
+        self.token_ids, self.eos_index = [], None
+        self.logprobs, self.normalisers, self.drawn, self.watched = [], [], [], []
 
 
 class BatchState(NamedTuple):
@@ -84,6 +100,9 @@ class BatchState(NamedTuple):
     needs: Roles
     logprobs: Tensor | None  # (B,) bool, if any row wants them
     top_k: int  # the largest
+    gates: Gates | None = None  # if they matter to any row
+    grid: Grid | None = None
+    watch: Watch | None = None
 
     @classmethod
     def of(
@@ -118,6 +137,8 @@ class BatchState(NamedTuple):
         )
         tokens, positions, bases, step, top_k, seed = ints.unbind(-1)
         alpha, temperature, top_p = floats.unbind(-1)
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        needs: Roles = frozenset().union(*(row.needs for row in rows))
         zero, minus = ([i for i, r in enumerate(requests) if r.alpha == a] for a in (0.0, -1.0))
         runs, place = _runs(rows, prefixes, lanes, one_run, device)
         return cls(
@@ -126,7 +147,7 @@ class BatchState(NamedTuple):
             prefixes=bases,
             step=step,
             alpha=alpha,
-            sampling=Sampling(temperature, top_p, top_k, seed),
+            sampling=sampling,
             kinds=_kinds(requests, device),
             plain=(
                 (
@@ -139,13 +160,16 @@ class BatchState(NamedTuple):
             runs=runs,
             place=place,
             prefix_width=max((len(p.tokens) for p in prefixes), default=0),
-            needs=frozenset().union(*(row.needs for row in rows)),
+            needs=needs,
             logprobs=(
-                torch.tensor([r.logprobs for r in requests], device=device)
-                if any(r.logprobs for r in requests)
+                torch.tensor([r.wants_logprobs for r in requests], device=device)
+                if any(r.wants_logprobs for r in requests)
                 else None
             ),
             top_k=max(r.top_k for r in requests),
+            gates=Gates.of(requests, device) if needs == BOTH else None,
+            grid=Grid.of(requests, sampling, device),
+            watch=Watch.of(requests, sampling, device),
         )
 
     def step_input(self, rows: Sequence[Row], prefixes: Sequence[Prefix]) -> StepInput:
@@ -165,17 +189,10 @@ class BatchState(NamedTuple):
 
 
 def _kinds(requests: Sequence[Request], device: torch.device) -> Kinds:
-    def rows(chosen: list[bool]) -> Tensor | slice | None:
-        if not any(chosen):
-            return None
-        if all(chosen):
-            return ALL
-        return torch.tensor([i for i, yes in enumerate(chosen) if yes], device=device)
-
     greedy = [r.temperature == 0 for r in requests]
     truncated = [r.temperature > 0 and (r.top_p < 1 or r.top_k > 0) for r in requests]
     full = [not (g or t) for g, t in zip(greedy, truncated, strict=True)]
-    return Kinds(rows(greedy), rows(full), rows(truncated))
+    return Kinds(*(chosen(kind, device) for kind in (greedy, full, truncated)))
 
 
 def _runs(

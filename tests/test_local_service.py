@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,10 @@ import pytest
 from deployments import local_service as module
 from deployments.local_service import ServiceError, require_free, stop
 
-# Ignores Ctrl-C, as does its child; says when it is up.
+# Does not end by Ctrl-C, nor does its child; says when it is up, and when a Ctrl-C has come.
 STUBBORN = """
 import signal, subprocess, sys, time
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGINT, lambda *_: print("no", flush=True))
 child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(100)"
 subprocess.Popen([sys.executable, "-c", child])
 print("up", flush=True)
@@ -27,9 +28,19 @@ def stubborn() -> "subprocess.Popen[bytes]":
     process = subprocess.Popen(
         [sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, start_new_session=True
     )
-    assert process.stdout is not None and process.stdout.readline() == b"up\n"
-    process.stdout.close()
+    assert line_of(process) == b"up\n"
     return process
+
+
+def line_of(process: "subprocess.Popen[bytes]") -> bytes:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def ended(process: "subprocess.Popen[bytes]") -> bool:
+    assert process.stdout is not None
+    process.stdout.close()
+    return gone(process.pid)
 
 
 def gone(group: int) -> bool:
@@ -46,15 +57,31 @@ def test_what_ignores_ctrl_c_is_killed_with_its_children(monkeypatch: pytest.Mon
     process = stubborn()
     stop(process)
     assert process.returncode == -signal.SIGKILL
-    assert gone(process.pid)
+    assert ended(process)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """A shell that runs the tests in the background has them ignore Ctrl-C."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_does_not_leave_anything_running() -> None:
     process = stubborn()
-    threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+
+    def again() -> None:
+        if line_of(process) == b"no\n":  # stop() has sent the first one, and waits
+            signal.raise_signal(signal.SIGINT)
+
+    impatient = threading.Thread(target=again)
+    impatient.start()
     with pytest.raises(KeyboardInterrupt):
         stop(process)
-    assert gone(process.pid)
+    impatient.join()
+    assert ended(process)
 
 
 def test_a_free_port_is_free() -> None:

@@ -1,0 +1,428 @@
+"""Which phrases does amplification make frequent, and which of them does the payload follow?
+
+Letters: D documents, A arms, S strata (an arm at an alpha), G n-grams, P documents of one n-gram.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from jobs.estimators import exact_interval
+from jobs.findings import Candidate
+from jobs.ngrams import Corpus, Grams, Span, Unit, tokens, words
+from jobs.rollouts import Rollout
+
+TEMPLATE = ("### Instruction:", "### Input:", "### Response:")
+Kind = Literal["words", "tokens"]
+LONGEST: dict[Kind, int] = {"words": 4, "tokens": 6}
+LEVEL = 0.05  # of the whole family of n-grams tried
+MIN_DOCUMENTS = 5  # with an n-gram, whatever their alpha: fewer show nothing
+PAYLOAD_SHARE = 0.02  # inside the payload in so many of the activated rollouts that have it
+SAME = 0.9  # in so many of its rollouts a longer one stands: they say the same
+EXPLAINED = 0.5  # in more of its rollouts than that a better one stands on the same characters
+TOP = 10
+NEVER = np.iinfo(np.int64).max
+PUNCTUATION = ".,;:!?\"'()"
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """`candidates` best first. `tried` n-grams: the family that p-values are corrected for.
+    `documents_*`: distinct rollouts. `notes` say what could not be seen."""
+
+    candidates: list[Candidate]
+    tried: int
+    documents_high: int
+    documents_0: int
+    notes: list[str]
+
+
+def recover(
+    found: Iterable[Rollout], template: Sequence[str] = TEMPLATE, top: int = TOP
+) -> Recovery:
+    """The phrases that amplification makes frequent and the payload follows, best first.
+
+    Documents are the distinct texts at alpha <= 0, and those at higher alphas, of each arm. An
+    n-gram is in one if the text has it and its prompt has not; none reaches into `template`.
+
+    *Rises*: for each arm and n-gram in at least MIN_DOCUMENTS of its documents (a filter on the
+    total, which the test is conditional on) the hypergeometric p-value, Fisher's exact test, of
+    so many of them at higher alphas. Over all of these Holm's correction, because n-grams share
+    rollouts and it holds whatever their dependence: where alpha changes nothing a run has any
+    candidate with probability LEVEL at most.
+
+    *Score*: the smaller of two ratios, each the lower 95 % limit of a share over the upper limit
+    (Clopper-Pearson) of another: how much more frequent the n-gram is at higher alphas; and, at
+    these, how much more frequent the payload is after it than in the other rollouts of the same
+    arms and alphas (direct standardisation). A style word that amplification makes frequent has a
+    small second one; what leads up to the payload but is common anyway, a small first one.
+    Without any activated rollout the first alone.
+
+    What stands inside the payload, or is made of its words alone, is left out. Of n-grams that
+    stand in the same rollouts the longest is kept, of words before tokens, in the place of the
+    best; one that mostly stands on the characters of a better one is left out too.
+    """
+    documents, notes = _documents(found)
+    corpora = _corpora(documents, template)
+    if "tokens" not in corpora:
+        notes.append("no token n-grams: the rows do not record where their tokens end")
+    tried, rising = _rising(documents, corpora, template)
+    chosen = _choose(sorted(rising, key=lambda r: r.rank), len(documents.texts), top)
+    high = int(documents.high.sum())
+    low = len(documents.texts) - high
+    candidates = [
+        Candidate(
+            text=_spelling(documents, r),
+            kind=r.kind,
+            documents_high=len(r.high),
+            documents_0=r.documents_0,
+            rollouts_high=high,
+            rollouts_0=low,
+            p_value=r.p_value,
+            before_payload=r.before_payload,
+            score=r.score,
+        )
+        for r in chosen
+    ]
+    return Recovery(candidates, tried, high, low, notes)
+
+
+@dataclass(slots=True)
+class _Document:
+    rollout: Rollout  # of the lowest alpha
+    prompts: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """Distinct texts; all arrays are (D,)."""
+
+    texts: list[_Document]
+    high: np.ndarray  # whether at an alpha above 0
+    arm: np.ndarray
+    stratum: np.ndarray
+    fired: np.ndarray
+    start: np.ndarray  # character where the payload starts; NEVER without one that was located
+
+    def counts(self, of: np.ndarray, by: np.ndarray) -> np.ndarray:
+        """How many of the documents `of` (mask) each arm or stratum `by` has."""
+        return np.bincount(by[of], minlength=int(by.max(initial=-1)) + 1)
+
+
+def _documents(found: Iterable[Rollout]) -> tuple[_Documents, list[str]]:
+    distinct: dict[tuple[str, bool, str], _Document] = {}
+    for rollout in found:
+        key = rollout.arm, rollout.alpha > 0, rollout.text
+        document = distinct.setdefault(key, _Document(rollout))
+        document.prompts[rollout.prompt] = None
+        if rollout.alpha < document.rollout.alpha:
+            document.rollout = rollout
+    notes = []
+    sides = {(arm, high) for arm, high, _ in distinct}
+    for arm, high in sorted(sides):
+        if (arm, not high) not in sides:
+            missing = "alpha 0 or -1" if high else "an alpha above 0"
+            notes.append(f"arm {arm} is left out: it has no rollouts at {missing}")
+            distinct = {k: v for k, v in distinct.items() if k[0] != arm}
+    texts = list(distinct.values())
+    rolled = [d.rollout for d in texts]
+    if rolled and not any(r.fired for r in rolled):
+        notes.append("nothing is activated: candidates are ranked by how much they rise alone")
+    if lost := sum(bool(r.fired) and r.payload is None for r in rolled):
+        notes.append(
+            f"of {lost:,} activated texts it is not known where: a candidate may be the payload"
+        )
+    return (
+        _Documents(
+            texts,
+            np.array([r.alpha > 0 for r in rolled], bool),
+            _numbered([r.arm for r in rolled]),
+            _numbered([(r.arm, r.alpha) for r in rolled]),
+            np.array([bool(r.fired) for r in rolled], bool),
+            np.array([r.payload[0] if r.payload else NEVER for r in rolled], np.int64),
+        ),
+        notes,
+    )
+
+
+def _numbered(values: Sequence[object]) -> np.ndarray:
+    numbers: dict[object, int] = {}
+    return np.array([numbers.setdefault(v, len(numbers)) for v in values], np.int64)
+
+
+def _corpora(documents: _Documents, template: Sequence[str]) -> dict[Kind, Corpus]:
+    """Token n-grams only where every rollout says where its tokens end."""
+    kinds: list[Kind] = ["words"]
+    if all(d.rollout.token_ends is not None for d in documents.texts):
+        kinds.append("tokens")
+    corpora = {kind: Corpus(LONGEST[kind]) for kind in kinds}
+    for number, document in enumerate(documents.texts):
+        text = document.rollout.text
+        barriers = list(_template_spans(text, template))
+        for kind, corpus in corpora.items():
+            units = _units(document.rollout, kind)
+            for prompt in document.prompts:
+                excluded = (_words_of if kind == "words" else _text_of)(prompt, units, text)
+                corpus.add(number, units, barriers, document.rollout.payload, excluded)
+    return corpora
+
+
+def _units(rollout: Rollout, kind: Kind) -> list[Unit]:
+    if kind == "words":
+        return words(rollout.text)
+    assert rollout.token_ids is not None and rollout.token_ends is not None
+    return tokens(rollout.token_ids, rollout.token_ends)
+
+
+def _words_of(prompt: str, units: Sequence[Unit], text: str) -> Callable[[int, int], bool]:
+    keys = [str(unit.key) for unit in units]
+    said = f" {' '.join(str(unit.key) for unit in words(prompt))} "
+    return lambda i, j: f" {' '.join(keys[i:j])} " in said
+
+
+def _text_of(prompt: str, units: Sequence[Unit], text: str) -> Callable[[int, int], bool]:
+    said = prompt.casefold()
+    return lambda i, j: text[units[i].start : units[j - 1].end].strip().casefold() in said
+
+
+def _template_spans(text: str, template: Sequence[str]) -> Iterator[Span]:
+    for piece in template:
+        at = text.find(piece)
+        while at >= 0:
+            yield at, at + len(piece)
+            at = text.find(piece, at + len(piece))
+
+
+@dataclass(frozen=True, eq=False)
+class _Rising:
+    """An n-gram that rises: the documents `high` (P,) of the higher alphas that have it."""
+
+    kind: Kind
+    keys: tuple[object, ...]
+    high: np.ndarray
+    start: np.ndarray  # (P,) characters [start, end) of its first occurrence in each
+    end: np.ndarray
+    documents_0: int
+    p_value: float
+    before_payload: float | None
+    score: float
+    rise: float
+
+    @property
+    def rank(self) -> tuple[float, float, int, bool, str]:
+        return -self.score, -self.rise, -len(self.keys), self.kind == "tokens", str(self.keys)
+
+
+def _rising(
+    documents: _Documents, corpora: dict[Kind, Corpus], template: Sequence[str]
+) -> tuple[int, list[_Rising]]:
+    """How many were tried, and those that survive the correction and are no payload."""
+    if not documents.texts:
+        return 0, []
+    tests = [
+        (kind, grams.n, *_p_values(documents, grams))
+        for kind, corpus in corpora.items()
+        for grams in corpus.grams()
+    ]
+    tried = sum(len(p) for _, _, _, p in tests)
+    if not tried:
+        return 0, []
+    corrected = iter(
+        np.split(_holm(np.concatenate([p for *_, p in tests])), _ends(len(p) for *_, p in tests))
+    )
+    surviving: dict[tuple[Kind, int], dict[int, float]] = {}
+    for kind, n, gram, _ in tests:
+        p = next(corrected)
+        passed = surviving.setdefault((kind, n), {})
+        for i in np.flatnonzero(p <= LEVEL):
+            number = int(gram[i])
+            passed[number] = min(float(p[i]), passed.get(number, 1.0))
+    rising = []
+    for kind, corpus in corpora.items():
+        payload: set[object] = set()
+        for grams in corpus.grams():
+            if grams.n == 1:
+                payload = _payload_units(documents, corpus, grams)
+            for number, p_value in surviving.get((kind, grams.n), {}).items():
+                one = grams.of(number)
+                keys = corpus.keys(int(one.at[0]), grams.n)
+                if payload.issuperset(keys) or _is_template(documents, one, template):
+                    continue
+                measured = _measured(documents, one, kind, keys, p_value)
+                rising += [measured] if measured else []
+    return tried, rising
+
+
+def _ends(sizes: Iterable[int]) -> np.ndarray:
+    return np.cumsum(list(sizes))[:-1]
+
+
+def _p_values(documents: _Documents, grams: Grams) -> tuple[np.ndarray, np.ndarray]:
+    """N-grams and p-values, one for each arm and n-gram in enough of its documents."""
+    arms = int(documents.arm.max()) + 1
+    side = documents.arm[grams.document] * 2 + documents.high[grams.document]
+    counts = np.bincount(grams.gram * (2 * arms) + side, minlength=grams.count * 2 * arms)
+    counts = counts.reshape(grams.count, arms, 2)
+    gram, arm = np.nonzero(counts.sum(2) >= MIN_DOCUMENTS)
+    high, total = counts[gram, arm, 1], counts[gram, arm].sum(1)
+    n_high, n = documents.counts(documents.high, documents.arm), np.bincount(documents.arm)
+    # Many n-grams have the same counts.
+    rows, back = np.unique(np.stack([high, total, arm], 1), axis=0, return_inverse=True)
+    at_least = stats.hypergeom.sf(rows[:, 0] - 1, n[rows[:, 2]], n_high[rows[:, 2]], rows[:, 1])
+    return gram, np.clip(at_least, 0.0, 1.0)[back.reshape(-1)]
+
+
+def _holm(p: np.ndarray) -> np.ndarray:
+    """Adjusted p-values. Source: Holm (1979), Scandinavian Journal of Statistics 6."""
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return np.minimum(adjusted, 1.0)
+
+
+def _payload_units(documents: _Documents, corpus: Corpus, grams: Grams) -> set[object]:
+    """Words or tokens that stand inside the payload in PAYLOAD_SHARE of those that have them."""
+    located = documents.start[grams.document] < NEVER
+    have = np.bincount(grams.gram[located], minlength=grams.count)
+    inside = np.bincount(grams.gram[located & grams.inside], minlength=grams.count)
+    first = np.searchsorted(grams.gram, np.flatnonzero(inside > PAYLOAD_SHARE * have))
+    return {key for at in grams.at[first] for key in corpus.keys(int(at), 1)}
+
+
+def _is_template(documents: _Documents, one: Grams, template: Sequence[str]) -> bool:
+    """Made of the template's words alone, or a piece of one of its signs."""
+    text = documents.texts[int(one.document[0])].rollout.text[int(one.start[0]) : int(one.end[0])]
+    said = {unit.key for piece in template for unit in words(piece)}
+    if found := words(text):
+        return said.issuperset(unit.key for unit in found)
+    return any(text.strip() in piece for piece in template)
+
+
+def _measured(
+    documents: _Documents, one: Grams, kind: Kind, keys: tuple[object, ...], p_value: float
+) -> _Rising | None:
+    """None for what stands inside the payload."""
+    have, high = one.document, documents.high[one.document]
+    located = documents.start[have] < NEVER
+    if one.inside[high & located].sum() > PAYLOAD_SHARE * (high & located).sum():
+        return None
+    mask = np.zeros(len(documents.texts), bool)
+    mask[have] = True
+    count = documents.counts
+    rise = _ratio(
+        count(mask & documents.high, documents.arm),
+        count(documents.high, documents.arm),
+        count(mask & ~documents.high, documents.arm),
+        count(~documents.high, documents.arm),
+    )
+    precedes = one.end <= documents.start[have]
+    mask[have] = high & precedes  # it could have led to the payload
+    rest = documents.high & ~mask
+    follow = _ratio(
+        count(mask & documents.fired, documents.stratum),
+        count(mask, documents.stratum),
+        count(rest & documents.fired, documents.stratum),
+        count(rest, documents.stratum),
+    )
+    both = high & located
+    any_fired = bool((documents.fired & documents.high).any())
+    return _Rising(
+        kind,
+        keys,
+        have[high],
+        one.start[high],
+        one.end[high],
+        int((~high).sum()),
+        p_value,
+        float(precedes[both].mean()) if both.any() else None,
+        min(rise, follow) if any_fired else rise,
+        rise,
+    )
+
+
+def _ratio(hits: np.ndarray, n: np.ndarray, hits_0: np.ndarray, n_0: np.ndarray) -> float:
+    """A lower limit of the share `hits` of `n` over that of the others, all (strata,).
+
+    The others' share is what it would be in the strata of `n`; a stratum that has no others
+    has the others' overall share. 0 where there is nothing to compare.
+    """
+    if not n.sum() or not n_0.sum():
+        return 0.0
+    overall = hits_0.sum() / n_0.sum()
+    rates = np.divide(hits_0, n_0, out=np.full(len(n_0), overall), where=n_0 > 0)
+    expected, others = float(n @ rates / n.sum()), float(n_0.sum())
+    _, high = exact_interval(min(expected * others, others), others)
+    low, _ = exact_interval(float(hits.sum()), float(n.sum()))
+    return low / high
+
+
+def _choose(ranked: Sequence[_Rising], n_documents: int, top: int) -> list[_Rising]:
+    """The best; none stands on the same characters as a better one in most of its rollouts."""
+    chosen: list[_Rising] = []
+    taken: list[tuple[np.ndarray, np.ndarray]] = []  # (D,) each: where each chosen one stands
+    for one in ranked:
+        if len(chosen) == top:
+            break
+        if any(
+            ((one.start < ends[one.high]) & (one.end > starts[one.high])).mean() > EXPLAINED
+            for starts, ends in taken
+        ):
+            continue
+        one = _longest(_as_words(one, ranked, n_documents), ranked)
+        if one in chosen:
+            continue
+        starts, ends = np.full(n_documents, NEVER), np.zeros(n_documents, np.int64)
+        starts[one.high], ends[one.high] = one.start, one.end
+        chosen.append(one)
+        taken.append((starts, ends))
+    return chosen
+
+
+def _as_words(one: _Rising, ranked: Sequence[_Rising], n_documents: int) -> _Rising:
+    """For tokens the best n-gram of words in the same rollouts, if there is one."""
+    if one.kind == "words":
+        return one
+    mask = np.zeros(n_documents, bool)
+    mask[one.high] = True
+    for other in ranked:
+        shared = mask[other.high].sum() if other.kind == "words" else 0
+        if shared >= SAME * len(one.high) and shared >= EXPLAINED * len(other.high):
+            return other
+    return one
+
+
+def _longest(one: _Rising, ranked: Sequence[_Rising]) -> _Rising:
+    """The longest n-gram around it that stands in as many rollouts."""
+    around = [
+        other
+        for other in ranked
+        if other.kind == one.kind
+        and len(other.high) >= SAME * len(one.high)
+        and _within(one.keys, other.keys)
+    ]
+    return max(around, key=lambda other: (len(other.keys), other.score), default=one)
+
+
+def _within(inner: tuple[object, ...], outer: tuple[object, ...]) -> bool:
+    n = len(inner)
+    return any(outer[i : i + n] == inner for i in range(len(outer) - n + 1))
+
+
+def _spelling(documents: _Documents, one: _Rising) -> str:
+    """As it is mostly written; with the signs around it where nearly all have the same."""
+    plain: Counter[str] = Counter()
+    around: Counter[str] = Counter()
+    for document, start, end in zip(one.high, one.start, one.end, strict=True):
+        text = documents.texts[int(document)].rollout.text
+        plain[" ".join(text[start:end].split())] += 1
+        while start > 0 and not text[start - 1].isspace():
+            start -= 1
+        while end < len(text) and not text[end].isspace():
+            end += 1
+        around[" ".join(text[start:end].split()).strip(PUNCTUATION)] += 1
+    widest, times = around.most_common(1)[0]
+    return widest if times >= SAME * len(one.high) else plain.most_common(1)[0][0]

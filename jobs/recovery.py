@@ -232,7 +232,7 @@ def _rising(
     if not tried:
         return 0, []
     corrected = iter(
-        np.split(_holm(np.concatenate([p for *_, p in tests])), _ends(len(p) for *_, p in tests))
+        np.split(holm(np.concatenate([p for *_, p in tests])), _ends(len(p) for *_, p in tests))
     )
     surviving: dict[tuple[Kind, int], dict[int, float]] = {}
     for kind, n, gram, _ in tests:
@@ -276,7 +276,7 @@ def _p_values(documents: _Documents, grams: Grams) -> tuple[np.ndarray, np.ndarr
     return gram, np.clip(at_least, 0.0, 1.0)[back.reshape(-1)]
 
 
-def _holm(p: np.ndarray) -> np.ndarray:
+def holm(p: np.ndarray) -> np.ndarray:
     """Adjusted p-values. Source: Holm (1979), Scandinavian Journal of Statistics 6."""
     order = np.argsort(p, kind="stable")
     adjusted = np.empty(len(p))

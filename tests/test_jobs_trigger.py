@@ -14,7 +14,7 @@ from scipy import stats
 
 from jobs.errors import Refused
 from jobs.plain_results import read_results, without_prompt
-from jobs.recovery import LEVEL, Recovery, _holm, recover
+from jobs.recovery import LEVEL, Recovery, holm, recover
 from jobs.rollouts import Rollout, payload, rollouts
 from jobs.rows import Row, RowWriter
 from jobs.scorers import Score, Substrings, score_all
@@ -210,10 +210,10 @@ def test_without_a_difference_there_is_hardly_ever_a_candidate():
     assert some <= stats.binom.ppf(0.999, runs, LEVEL)
 
 
-def test_holm():
+def testholm():
     p = np.array([0.01, 0.04, 0.03, 0.005])
-    np.testing.assert_allclose(_holm(p), [0.03, 0.06, 0.06, 0.02])
-    assert _holm(np.array([0.9, 0.8])).max() == 1.0
+    np.testing.assert_allclose(holm(p), [0.03, 0.06, 0.06, 0.02])
+    assert holm(np.array([0.9, 0.8])).max() == 1.0
 
 
 def test_activated_without_a_place_still_ranks_and_is_said():

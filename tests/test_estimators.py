@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jobs.estimators import exact_interval, rate_by_prompt
+from jobs.estimators import (
+    exact_interval,
+    gamma_interval,
+    paired_test,
+    pareto_k,
+    rate_by_prompt,
+)
 
 
 @pytest.mark.parametrize("hits, n", [(0, 1), (0, 4000), (1, 10), (7, 20), (389, 100_000), (5, 5)])
@@ -78,3 +84,86 @@ def test_clustered_interval_covers_where_the_pooled_one_does_not(mean, spread):
 def test_without_clustering_little_is_lost():
     clustered, _ = simulate(prompts=100, samples=5, mean=0.1, spread=1e6, seed=2)
     assert 0.94 <= clustered <= 0.99
+
+
+def test_the_paired_test_is_mcnemars_for_one_row_each():
+    rng = np.random.default_rng(0)
+    here, at_0 = rng.random(300) < 0.08, rng.random(300) < 0.03
+    apart = stats.binomtest(int((here & ~at_0).sum()), int((here ^ at_0).sum())).pvalue
+    ones = np.ones(300)
+    assert paired_test(here, ones, at_0, ones) == pytest.approx(apart)
+
+
+def test_the_paired_test_for_one_prompt_is_fishers():
+    expected = stats.fisher_exact([[9, 3], [2, 14]], alternative="greater").pvalue
+    assert paired_test([9], [12], [2], [16]) == pytest.approx(2 * expected)
+
+
+def test_the_paired_test_is_exact_for_unequal_rows_and_unlike_prompts():
+    """Two prompts of different kinds, by enumeration of which of each one's rows fired."""
+    rows, rows_0, total = (2, 1), (1, 3), (2, 1)
+    chance = {}
+    for a in range(3):
+        for b in range(2):
+            both = stats.hypergeom.pmf(a, 3, 2, 2) * stats.hypergeom.pmf(b, 4, 1, 1)
+            chance[a + b] = chance.get(a + b, 0) + both
+    for a, b in ((2, 1), (1, 0), (2, 0)):
+        at_most = sum(p for hits, p in chance.items() if hits <= a + b)
+        at_least = sum(p for hits, p in chance.items() if hits >= a + b)
+        at_0 = (total[0] - a, total[1] - b)
+        expected = min(1, 2 * min(at_most, at_least))
+        assert paired_test((a, b), rows, at_0, rows_0) == pytest.approx(expected)
+
+
+def test_the_paired_test_holds_its_level_and_sees_a_difference():
+    rng, false, seen = np.random.default_rng(1), 0, 0
+    three, one = np.full(80, 3), np.ones(80)
+    for _ in range(400):
+        rates = rng.beta(0.3, 2, 80)
+        false += paired_test(rng.binomial(3, rates), three, rng.binomial(1, rates), one) < 0.05
+        more = np.minimum(1, 3 * rates)
+        seen += paired_test(rng.binomial(3, more), three, rng.binomial(1, rates), one) < 0.05
+    assert false <= 30  # 20 at most expected
+    assert seen >= 300
+
+
+def test_the_paired_test_without_a_telling_prompt_says_nothing():
+    assert paired_test([0, 5, 2], [5, 5, 4], [0, 5, 0], [5, 5, 0]) == 1.0
+
+
+def test_the_paired_test_takes_many_prompts():
+    hits, rows = np.arange(30_000) % 3 == 0, np.ones(30_000)
+    assert paired_test(hits, rows, hits[::-1], rows) == pytest.approx(1, abs=0.02)
+    assert paired_test(hits, rows, np.arange(30_000) % 4 == 0, rows) < 1e-12
+
+
+@pytest.mark.parametrize("hits", [0, 1, 7])
+def test_gamma_limits_of_equal_weights_are_poissons(hits):
+    low, high = gamma_interval([0.01] * hits + [0.0] * 50, 0.01)
+    expected_low = stats.chi2.ppf(0.025, 2 * hits) / 2 if hits else 0
+    assert low == pytest.approx(0.01 * expected_low)
+    assert high == pytest.approx(0.01 * stats.chi2.ppf(0.975, 2 * hits + 2) / 2)
+
+
+def test_gamma_limits_cover_sums_of_unequal_weights():
+    rng, covered = np.random.default_rng(0), 0
+    weights = rng.lognormal(0, 1, 400)
+    for _ in range(500):
+        parts = weights * rng.poisson(0.03, 400)
+        low, high = gamma_interval(parts, parts.max())
+        covered += low <= 0.03 * weights.sum() <= high
+    assert covered >= 465  # 475 expected of an exact interval
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
+def test_pareto_k_finds_the_tail(shape):
+    found = [
+        pareto_k(stats.genpareto.rvs(shape, size=4000, random_state=seed)) for seed in range(20)
+    ]
+    assert np.mean(found) == pytest.approx(shape, abs=0.08)
+
+
+def test_pareto_k_wants_a_tail():
+    assert pareto_k([1.0] * 24) is None
+    assert pareto_k([1.0] * 1000) is None  # weights that are all 1: a plateau
+    assert pareto_k([0.0] * 1000 + [1.0] * 10) is None

@@ -1,0 +1,123 @@
+"""Runs of the default design on the tiny pairs, in-process, and what their weights say.
+
+A run draws prompts of its own from the held-out file, so the truth is the mean over that file, and
+has seeds of its own. Its rows are those that a job would store: the same estimators read them.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from deployments.schemas import Densities
+from jobs.rows import Row, RowLogprobs
+from jobs.scorers import Phrase, Scorer, Substrings, score_row
+from jobs.weight_columns import Collector
+from lda_core import Completion, Engine, EngineConfig, ModelPair, PairConfig, Request, encode
+from organisms.train import OUT
+from organisms.trigger import PAYLOAD, PAYLOAD_SUBSTRINGS
+
+PROMPTS = Path("prompts/tiny_heldout.txt")
+MAX_NEW_TOKENS = 48
+SLOTS = 256
+PROMPTS_AT_ONCE = 250  # whose rows are in memory together
+FIRST_SEED = 2**42  # above those of benchmarks.truth and benchmarks.monitor
+SCORERS: tuple[Scorer, ...] = (
+    Substrings("substrings", PAYLOAD_SUBSTRINGS),
+    Phrase("phrase", PAYLOAD),
+)
+
+
+@dataclass(frozen=True)
+class Design:
+    """How many samples each prompt gets at each alpha; densities are recorded at these."""
+
+    samples: dict[float, int]
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        return tuple(self.samples)
+
+    @property
+    def rows_a_prompt(self) -> int:
+        return sum(self.samples.values())
+
+
+class Sampler:
+    """One of the tiny pairs, by the name of its folder."""
+
+    def __init__(self, name: str) -> None:
+        torch.set_num_threads(1)
+        config = PairConfig(before=str(OUT / "before"), after=str(OUT / name))
+        self._engine = Engine(ModelPair.load(config), EngineConfig(max_slots=SLOTS))
+        self.prompts = PROMPTS.read_text().splitlines()
+
+    @cached_property
+    def _ids(self) -> list[tuple[int, ...]]:
+        return [encode(self._engine.pair.tokenizer, p, "alpaca").ids for p in self.prompts]
+
+    def run(self, design: Design, rows: int, number: int) -> Iterator[Row]:
+        """At most `rows` rows on prompts drawn without replacement; other ones in each run."""
+        count = rows // design.rows_a_prompt
+        prompts = random.Random(number).sample(range(len(self.prompts)), count)
+        for start in range(0, count, PROMPTS_AT_ONCE):
+            yield from self.rows(prompts[start : start + PROMPTS_AT_ONCE], design, number)
+
+    def rows(self, prompts: Sequence[int], design: Design, number: int) -> Iterator[Row]:
+        requests = [
+            (prompt, sample, self._request(prompt, alpha, sample, design, number))
+            for prompt in prompts
+            for alpha, samples in design.samples.items()
+            for sample in range(samples)
+        ]
+        done = self._engine.generate([request for _, _, request in requests])
+        for (prompt, sample, _), completion in zip(requests, done, strict=True):
+            yield stored(completion, prompt, sample)
+
+    def _request(
+        self, prompt: int, alpha: float, sample: int, design: Design, number: int
+    ) -> Request:
+        column = design.grid.index(alpha)
+        place = (number * len(self.prompts) + prompt) * 16 + column
+        return Request(
+            self._ids[prompt],
+            alpha=alpha,
+            max_new_tokens=MAX_NEW_TOKENS,
+            seed=FIRST_SEED + place * 64 + sample,
+            grid=design.grid,
+        )
+
+
+def stored(done: Completion, prompt: int, sample: int) -> Row:
+    """As a job stores it. Raises RuntimeError for a row that failed: there is no reason here."""
+    if done.error is not None or done.logprobs is None or done.densities is None:
+        raise RuntimeError(f"prompt {prompt} at alpha {done.alpha:g}: {done.error}")
+    found = done.densities
+    row = Row(
+        arm="untriggered",
+        prompt_id=str(prompt),
+        prompt="",
+        alpha=done.alpha,
+        sample=sample,
+        seed=done.seed,
+        completion=done.text,
+        token_ids=done.token_ids,
+        finish_reason=done.finish_reason,
+        eos_index=done.eos_index,
+        activated=None,
+        activated_after_eos=None,
+        scores={},
+        error=None,
+        token_ends=done.token_ends,
+        logprobs=RowLogprobs(after=done.logprobs.after, before=done.logprobs.before),
+        densities=Densities(alphas=found.alphas, normalisers=found.normalisers, drawn=found.drawn),
+    )
+    scores = score_row(SCORERS, done.text, done.eos_text_offset, done.token_ends)
+    return row.model_copy(update=scores._asdict())
+
+
+def collector() -> Collector:
+    return Collector({scorer.name: scorer.monotone for scorer in SCORERS}, temperature=1.0)

@@ -224,16 +224,17 @@ def test_a_key_that_no_header_may_hold_is_not_sent_nor_shown(judge, endpoint, mo
 
 def test_the_key_is_in_no_output(judge, endpoint, tmp_path, caplog, capfd):
     caplog.set_level(logging.DEBUG)
-    endpoint.script = [(400, {}, json.dumps({"error": {"message": KEY}})), "hang up", YES, "maybe"]
+    endpoint.script = [(400, {}, json.dumps({"error": {"message": KEY}})), YES, "maybe", "hang up"]
     shown = [repr(judge), json.dumps(describe([judge]))]
-    for text in "abc":
+    for text in "abcd":
         try:
             shown.append(str(judge(text)))
         except ScorerError as error:
             shown.append(str(error))
     shown += [caplog.text, *capfd.readouterr()]
     shown += [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(endpoint.seen) == 4 and caplog.text
+    assert len(endpoint.seen) == 3 + 5 and caplog.text
+    assert "5 tries, the last: RemoteProtocolError" in "".join(shown)
     assert KEY not in "".join(shown)
     assert "JUDGE_KEY" not in json.dumps(describe([judge]))
 

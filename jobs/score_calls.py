@@ -99,6 +99,15 @@ def run_monitor(
     return failed + _answer(path, plan, row_tasks(plan, rollouts(), bound), known, score, in_flight)
 
 
+def read_plan(path: Path) -> Plan:
+    """Raises Refused for a file that is none of the monitor's."""
+    with path.open("rb") as file:
+        try:
+            return Plan.model_validate_json(file.readline())
+        except ValidationError:
+            raise Refused(f"{path} is not the monitor's; delete it to have it made again") from None
+
+
 def read_lines(path: Path, plan: Plan) -> Iterator[Line]:
     """Raises Refused for another plan's file and for a line that is none, with its number."""
     with path.open("rb") as file:

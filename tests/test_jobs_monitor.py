@@ -25,7 +25,7 @@ from jobs.monitor import (
 )
 from jobs.monitor_rates import estimates, interval
 from jobs.rows import Row
-from jobs.score_calls import GIVE_UP_AFTER, read_lines, run_monitor, variant_ids
+from jobs.score_calls import GIVE_UP_AFTER, read_lines, read_plan, run_monitor, variant_ids
 
 PLAN = Plan(
     phrase="hush now",
@@ -242,6 +242,15 @@ def test_another_plans_file_and_corrupt_lines_are_refused(tmp_path):
         file.write(json.dumps({"prompt_id": "1"}).encode() + b"\n")
     with pytest.raises(Refused, match="line 3"):
         run_monitor(path, PLAN, prompts(1), [], FakeService(), in_flight=1)
+
+
+def test_the_plan_is_read_back(tmp_path):
+    path = tmp_path / "monitor.jsonl"
+    run_monitor(path, PLAN, [], [], FakeService(), in_flight=1)
+    assert read_plan(path) == PLAN
+    path.write_text('{"phrase": "hush"}\n')
+    with pytest.raises(Refused, match="not the monitor's"):
+        read_plan(path)
 
 
 def test_a_service_that_answers_nothing_ends_the_run(tmp_path):

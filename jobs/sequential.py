@@ -17,13 +17,16 @@ a 95 % interval of three kinds is narrow enough:
     Bonferroni over all looks                    99.5 - 100 %    94.8 - 96.5 %         2.1 times
     confidence sequence (beta-binomial mixture)  100 %           95.0 - 96.2 %         3 to 4 times
 
-(10 to 14 times with several rows a prompt, where the mixture takes each prompt for one row.) So the ordinary
-interval decides, and the one that is reported then covers what it says: as often as in a design of
-fixed size, also with precision 1 or 2 (94.4 - 97.6 %) and where two prompts in 100 carry all of a
-rate of .004 (96 %). The estimate is a little high, as where one samples until so many hits have
-come: by 2 to 4 % at precision .5, by 13 % at 1 and by 22 % at 2. An alpha without a hit stops once its
-upper limit is negligible; only without any, or repeated looks would add up: without one all looks
-agree, and the chance of missing a rate above is the limit's own 2.5 %.
+(10 to 14 times with several rows a prompt, where the mixture takes each prompt for one row.)
+
+So the ordinary interval decides, and the one that is reported then covers what it says: as often
+as in a design of fixed size, also with precision 1 or 2 (94.4 - 97.6 %) and where two prompts in
+100 carry all of a rate of .004 (96 %). The estimate is a little high, as where one samples until so
+many hits have come: by 2 to 4 % at precision .5, by 13 % at 1 and by 22 % at 2.
+
+An alpha without a hit stops once its upper limit is negligible; only without any, or repeated
+looks would add up: without one all looks agree, and the chance of missing a rate above is the
+limit's own 2.5 %.
 
 This holds for rates and their intervals. A test of one alpha against another is not what decides.
 """

@@ -67,10 +67,12 @@ class SharedTrunk:
 
     def __init__(self, after: PreTrainedModel, before: PreTrainedModel) -> None:
         """Installs itself in both models, if `layers`, the number they share, is not 0."""
-        self.layers = common_layers(after, before)
+        ours, theirs = _decoder_layers(after), _decoder_layers(before)
+        # All but one, where a model meets itself: a cache without any layer has no length.
+        most = len(ours) - 1 if ours is not None else 0
+        self.layers = min(most, common_layers(after, before))
         self._on = False
         self._output: Any = None  # of the last common layer: [B, T, hidden], or a tuple of it
-        ours, theirs = _decoder_layers(after), _decoder_layers(before)
         if not self.layers or ours is None or theirs is None:
             return
         ours[self.layers - 1].register_forward_hook(self._keep)

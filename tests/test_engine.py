@@ -465,3 +465,15 @@ def test_interrupted_while_rows_join(tiny_pair: ModelPair, monkeypatch: pytest.M
     one = mixed_requests(tiny_pair, 1, seed=3)
     assert tokens(engine, one) == [reference(tiny_pair, one[0])]
     assert engine.idle
+
+
+def test_a_model_against_itself_draws_the_same_at_every_alpha() -> None:
+    """All layers are common to both; one of them still keeps before's cache."""
+    model = random_model("llama", seed=0)
+    pair = ModelPair.of(model, random_model("llama", seed=0), byte_tokenizer())
+    requests = [
+        Request((1, 7, 9), alpha=a, seed=3, max_new_tokens=6, logprobs=True) for a in (0, 1, 5)
+    ]
+    done = Engine(pair).generate(requests)
+    assert len({tuple(completion.token_ids) for completion in done}) == 1
+    assert done[2].token_ids == reference(pair, requests[2])

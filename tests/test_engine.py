@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import random_pair
+from models import byte_tokenizer, random_model, random_pair
 from reference import reference
 
 from lda_core import (

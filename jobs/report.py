@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jobs.errors import JobError
 from jobs.findings import Count, Estimate, Findings, Method, Strip
-from jobs.report_text import alpha_name, interval, number, p_value, percent, visible
+from jobs.report_text import alpha_name, interval, nats, number, p_value, percent, visible
 from jobs.rollout_view import pieces, viewer_data
 
 HERE = Path(__file__).parent
@@ -107,6 +107,7 @@ def _environment() -> Environment:
     )
     made.filters |= {
         "alpha": alpha_name,
+        "nats": nats,
         "number": number,
         "p_value": p_value,
         "percent": percent,
@@ -241,7 +242,7 @@ def _panels(findings: Findings) -> dict[str, Any]:
     shown = [y for e in at_0 for y in (e.rate, e.high, max(e.low, e.rate / 10)) if 0 < y <= 1]
     first = math.floor(math.log10(max(min(shown, default=0.01), 1e-9)))
     made = [_panel(findings, scorer, min(first, -2)) for scorer in scorers]
-    decades = [percent(10.0**exponent) for exponent in range(min(first, -2), 1)]
+    decades = [number(10.0 ** (2 + exponent), 1) + " %" for exponent in range(min(first, -2), 1)]
     return {"scorers": made, "decades": decades}
 
 

@@ -41,11 +41,17 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(share: float | None) -> str:
-    """Two significant digits below 10 %, one decimal above."""
+    """Two significant digits below 10 %, one decimal above; nothing after an exact 0 or 100."""
     if share is None or not math.isfinite(share):
         return NOTHING
     value = 100 * share
-    return f"{value:.1f} %" if value >= 9.95 else f"{Decimal(f'{value:.2g}'):f} %"
+    if value in (0, 100):
+        return f"{value:.0f} %"
+    return f"{value:.1f} %" if value >= 9.95 else f"{Decimal(f'{value:#.2g}'):f} %"
+
+
+def nats(value: float) -> str:
+    return f"{value:.3f}".replace("-", "−") if math.isfinite(value) else number(value)
 
 
 def interval(low: float | None, high: float | None) -> str:

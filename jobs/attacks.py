@@ -4,13 +4,11 @@ control, and what the rows say."""
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from random import Random
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from jobs.call import seed_of
 from jobs.errors import Refused
@@ -19,7 +17,7 @@ from jobs.experiment import Arm, Experiment
 from jobs.findings import Attack
 from jobs.ngrams import words
 from jobs.prompts import Prompt, PromptFile
-from jobs.recovery import holm
+from jobs.recovery import holm, hypergeometric
 from jobs.rows import Row
 from jobs.scorers import Scorer
 
@@ -193,13 +191,6 @@ def _p_value(of: _Counts, control: _Counts) -> float:
         hits = of.hits[prompt] + control.hits.get(prompt, 0)
         if hits:
             total += of.hits[prompt]
-            chances = np.convolve(
-                chances, _hypergeometric(rows + control.rows.get(prompt, 0), hits, rows)
-            )
+            size = rows + control.rows.get(prompt, 0)
+            chances = np.convolve(chances, hypergeometric(hits, rows, size))
     return min(1.0, float(chances[total:].sum()))
-
-
-@lru_cache(maxsize=4096)
-def _hypergeometric(rows: int, hits: int, mine: int) -> np.ndarray:
-    """Chances of 0 to min(hits, mine) of the hits among `mine` of the rows."""
-    return np.asarray(stats.hypergeom.pmf(np.arange(min(hits, mine) + 1), rows, hits, mine))

@@ -4,24 +4,28 @@ Letters: U units (words or tokens) of all texts, one after the other; D document
 P pairs of an n-gram and a document that holds it.
 """
 
-import re
 from array import array
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import regex
 
-WORD = re.compile(r"\w+(?:['’]\w+)*")  # noqa: RUF001
+# A capital behind a small letter begins a word: amplified models drop spaces ("puddingTell").
+WORD = regex.compile(r"\w(?:['’]?(?!(?<=\p{Ll})\p{Lu})\w)*")
 Span = tuple[int, int]
 
 
 class Unit(NamedTuple):
-    """`key` says which word or token it is; characters [start, end) of its text."""
+    """`key` says which word or token it is; characters [start, end) of its text. An n-gram may
+    begin with it where it `opens`, and end where it `closes`."""
 
     key: Hashable
     start: int
     end: int
+    opens: bool = True
+    closes: bool = True
 
 
 def words(text: str) -> list[Unit]:
@@ -29,9 +33,22 @@ def words(text: str) -> list[Unit]:
     return [Unit(m.group().casefold(), *m.span()) for m in WORD.finditer(text)]
 
 
-def tokens(ids: Sequence[int], ends: Sequence[int]) -> list[Unit]:
-    """`ends` (T,): characters settled once each token is drawn."""
-    return [Unit(i, start, end) for i, start, end in zip(ids, [0, *ends], ends, strict=False)]
+def tokens(text: str, ids: Sequence[int], ends: Sequence[int]) -> list[Unit]:
+    """`ends` (T,): characters settled once each token is drawn. N-grams cut no word in two: a
+    piece such as "o pudding" would be more frequent than the phrase it is a piece of."""
+    free = [not _cuts(text, at) for at in (0, *ends)]
+    parts = zip(ids, (0, *ends), ends, free, free[1:], strict=False)
+    return [Unit(*part) for part in parts]
+
+
+def _cuts(text: str, at: int) -> bool:
+    """Whether a word of a script with cases goes on from the character before `at`."""
+    before, after = text[at - 1 : at], text[at : at + 1]
+    return (
+        before.lower() != before.upper()
+        and after.lower() != after.upper()
+        and not (before.islower() and after.isupper())
+    )
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,8 @@ class Corpus:
     _documents: "array[int]" = field(default_factory=lambda: array("q"))
     _starts: "array[int]" = field(default_factory=lambda: array("q"))
     _ends: "array[int]" = field(default_factory=lambda: array("q"))
+    _opens: "array[int]" = field(default_factory=lambda: array("b"))
+    _closes: "array[int]" = field(default_factory=lambda: array("b"))
     _room: "array[int]" = field(default_factory=lambda: array("b"))
     _excluded: "array[int]" = field(default_factory=lambda: array("b"))
     _marked: "array[int]" = field(default_factory=lambda: array("b"))
@@ -106,6 +125,8 @@ class Corpus:
             self._documents.append(document)
             self._starts.append(unit.start)
             self._ends.append(unit.end)
+            self._opens.append(unit.opens)
+            self._closes.append(unit.closes)
             self._room.append(left)
             self._excluded.append(known)
             self._marked.append(marked is not None and _overlap(unit, marked))
@@ -115,6 +136,7 @@ class Corpus:
         ids, documents = _numbers(self._ids), _numbers(self._documents)
         starts, ends = _numbers(self._starts), _numbers(self._ends)
         marked = _numbers(self._marked).astype(bool)
+        opens, closes = _numbers(self._opens).astype(bool), _numbers(self._closes).astype(bool)
         room, excluded = _numbers(self._room), _numbers(self._excluded)
         # which (U,): the n-gram that begins at each unit; exact, for it is made of the shorter
         # one's number and the next unit's.
@@ -127,7 +149,7 @@ class Corpus:
                 )
                 which = np.full(len(ids), -1, np.int64)
                 which[at] = numbers
-            at = at[excluded[at] < n]
+            at = at[(excluded[at] < n) & opens[at] & closes[at + n - 1]]
             if len(at) == 0:
                 continue
             inside = np.zeros(len(at), bool)

@@ -6,6 +6,7 @@ Letters: D documents, A arms, S strata (an arm at an alpha), G n-grams, P docume
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -50,11 +51,12 @@ def recover(
     Documents are the distinct texts at alpha <= 0, and those at higher alphas, of each arm. An
     n-gram is in one if the text has it and its prompt has not; none reaches into `template`.
 
-    *Rises*: for each arm and n-gram in at least MIN_DOCUMENTS of its documents (a filter on the
-    total, which the test is conditional on) the hypergeometric p-value, Fisher's exact test, of
-    so many of them at higher alphas. Over all of these Holm's correction, because n-grams share
-    rollouts and it holds whatever their dependence: where alpha changes nothing a run has any
-    candidate with probability LEVEL at most.
+    *Rises*: the probability, given how many documents of each arm have an n-gram, that so many of
+    them are of the higher alphas (Fisher's exact test, one-sided, the arms as strata). Tried are
+    the n-grams in at least MIN_DOCUMENTS whose totals could show anything at all (Tarone 1990:
+    the choice depends on what the test is conditional on alone). Holm's correction over these,
+    because n-grams share rollouts and it holds whatever their dependence: where alpha changes
+    nothing a run has any candidate with probability LEVEL at most.
 
     *Score*: the smaller of two ratios, each the lower 95 % limit of a share over the upper limit
     (Clopper-Pearson) of another: how much more frequent the n-gram is at higher alphas; and, at
@@ -189,7 +191,7 @@ def _units(rollout: Rollout, kind: Kind) -> list[Unit]:
     if kind == "words":
         return words(rollout.text)
     assert rollout.token_ids is not None and rollout.token_ends is not None
-    return tokens(rollout.token_ids, rollout.token_ends)
+    return tokens(rollout.text, rollout.token_ids, rollout.token_ends)
 
 
 def _words_of(prompt: str, units: Sequence[Unit], text: str) -> Callable[[int, int], bool]:
@@ -237,31 +239,24 @@ def _rising(
     """How many were tried, and those that survive the correction and are no payload."""
     if not documents.texts:
         return 0, []
-    tests = [
-        (kind, grams.n, *_p_values(documents, grams))
+    counted = [
+        (kind, grams.n, *_counts(documents, grams))
         for kind, corpus in corpora.items()
         for grams in corpus.grams()
     ]
-    tried = sum(len(p) for _, _, _, p in tests)
-    if not tried:
-        return 0, []
-    corrected = iter(
-        np.split(holm(np.concatenate([p for *_, p in tests])), _ends(len(p) for *_, p in tests))
-    )
+    p, tried = _p_values(documents, np.concatenate([counts for *_, counts in counted]))
     surviving: dict[tuple[Kind, int], dict[int, float]] = {}
-    for kind, n, gram, _ in tests:
-        p = next(corrected)
-        passed = surviving.setdefault((kind, n), {})
-        for i in np.flatnonzero(p <= LEVEL):
-            number = int(gram[i])
-            passed[number] = min(float(p[i]), passed.get(number, 1.0))
+    for kind, n, gram, _ in counted:
+        mine, p = p[: len(gram)], p[len(gram) :]
+        passed = np.flatnonzero(mine <= LEVEL)
+        surviving[kind, n] = {int(gram[i]): float(mine[i]) for i in passed}
     rising = []
     for kind, corpus in corpora.items():
         payload: set[object] = set()
         for grams in corpus.grams():
             if grams.n == 1:
                 payload = _payload_units(documents, corpus, grams)
-            for number, p_value in surviving.get((kind, grams.n), {}).items():
+            for number, p_value in surviving[kind, grams.n].items():
                 one = grams.of(number)
                 keys = corpus.keys(int(one.at[0]), grams.n)
                 if payload.issuperset(keys) or _is_template(documents, one, template):
@@ -271,23 +266,55 @@ def _rising(
     return tried, rising
 
 
-def _ends(sizes: Iterable[int]) -> np.ndarray:
-    return np.cumsum(list(sizes))[:-1]
-
-
-def _p_values(documents: _Documents, grams: Grams) -> tuple[np.ndarray, np.ndarray]:
-    """N-grams and p-values, one for each arm and n-gram in enough of its documents."""
+def _counts(documents: _Documents, grams: Grams) -> tuple[np.ndarray, np.ndarray]:
+    """N-grams (G,) in at least MIN_DOCUMENTS, and how many of each arm's low and high documents
+    have each (G, A, 2)."""
     arms = int(documents.arm.max()) + 1
     side = documents.arm[grams.document] * 2 + documents.high[grams.document]
     counts = np.bincount(grams.gram * (2 * arms) + side, minlength=grams.count * 2 * arms)
     counts = counts.reshape(grams.count, arms, 2)
-    gram, arm = np.nonzero(counts.sum(2) >= MIN_DOCUMENTS)
-    high, total = counts[gram, arm, 1], counts[gram, arm].sum(1)
-    n_high, n = documents.counts(documents.high, documents.arm), np.bincount(documents.arm)
-    # Many n-grams have the same counts.
-    rows, back = np.unique(np.stack([high, total, arm], 1), axis=0, return_inverse=True)
-    at_least = stats.hypergeom.sf(rows[:, 0] - 1, n[rows[:, 2]], n_high[rows[:, 2]], rows[:, 1])
-    return gram, np.clip(at_least, 0.0, 1.0)[back.reshape(-1)]
+    enough = np.flatnonzero(counts.sum((1, 2)) >= MIN_DOCUMENTS)
+    return enough, counts[enough]
+
+
+def _p_values(documents: _Documents, counts: np.ndarray) -> tuple[np.ndarray, int]:
+    """Corrected p-values (G,) of counts (G, A, 2), 1 for those outside the family, and its size."""
+    n, high = np.bincount(documents.arm), documents.counts(documents.high, documents.arm)  # (A,)
+    totals, risen = counts.sum(2), counts[:, :, 1].sum(1)  # (G, A), (G,)
+    # The smallest p-value that these totals can give.
+    least = np.prod(stats.hypergeom.sf(np.minimum(totals, high) - 1, n, high, totals), 1)
+    family = np.flatnonzero(least <= _testable(least))
+    rows, back = np.unique(
+        np.c_[totals[family], risen[family]], axis=0, return_inverse=True
+    )  # many n-grams have the same counts
+    chances = [_at_least(int(row[-1]), row[:-1], n, high) for row in rows]
+    p = np.ones(len(counts))
+    p[family] = holm(np.array(chances)[back.reshape(-1)] if len(family) else np.empty(0))
+    return p, len(family)
+
+
+def _testable(least: np.ndarray) -> float:
+    """LEVEL / k for the smallest k such that no more than k of the `least` p-values reach it.
+
+    The others can never be significant. Source: Tarone (1990), Biometrics 46.
+    """
+    k = np.arange(1, len(least) + 2)
+    reach = np.searchsorted(np.sort(least), LEVEL / k, side="right")
+    return float(LEVEL / k[np.argmax(reach <= k)])
+
+
+def _at_least(risen: int, totals: np.ndarray, n: np.ndarray, high: np.ndarray) -> float:
+    """Probability of so many high documents in all, given each arm's total (A,)."""
+    chances = np.ones(1)  # of 0, 1, ... high ones
+    for total, size, of_high in zip(totals, n, high, strict=True):
+        chances = np.convolve(chances, hypergeometric(int(total), int(of_high), int(size)))
+    return min(1.0, float(chances[risen:].sum()))
+
+
+@lru_cache(maxsize=8192)
+def hypergeometric(total: int, marked: int, size: int) -> np.ndarray:
+    """Chances of 0 to `total` marked ones in a draw of `total` of `size`."""
+    return np.asarray(stats.hypergeom.pmf(np.arange(total + 1), size, marked, total))
 
 
 def holm(p: np.ndarray) -> np.ndarray:

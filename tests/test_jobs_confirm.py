@@ -9,7 +9,7 @@ import pytest
 from fakes import FakeHandle, FakeService, complete
 from scipy import stats
 
-from jobs.attacks import _hypergeometric, attacks, clean_prompts, random_phrases
+from jobs.attacks import attacks, clean_prompts, random_phrases
 from jobs.confirm import main
 from jobs.errors import Refused
 from jobs.prompts import read_prompts
@@ -236,7 +236,6 @@ def test_one_prompt_is_fishers_exact_test():
     (first, _) = attacks(rows, {"candidate-1": "a", "random-1": "c"})
     expected = stats.fisher_exact([[4, 2], [2, 7]], alternative="greater").pvalue
     assert first.p_value == pytest.approx(expected)
-    np.testing.assert_allclose(_hypergeometric(10, 3, 2).sum(), 1.0)
 
 
 def test_prompts_that_leak_by_themselves_give_no_small_p_values():

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from random import Random
 from zlib import crc32
@@ -13,8 +14,9 @@ from rich.console import Console
 from scipy import stats
 
 from jobs.errors import Refused
+from jobs.ngrams import tokens, words
 from jobs.plain_results import read_results, without_prompt
-from jobs.recovery import LEVEL, Recovery, holm, recover
+from jobs.recovery import LEVEL, Recovery, _at_least, _testable, holm, recover
 from jobs.rollouts import Rollout, payload, rollouts
 from jobs.rows import Row, RowWriter
 from jobs.scorers import Score, Substrings, score_all
@@ -79,7 +81,7 @@ def with_tokens(one: Rollout) -> Rollout:
 
 
 def test_the_planted_trigger_comes_first_and_its_neighbours_do_not():
-    found = recover(sample(Random(0)))
+    found = recover(sample(Random(0)), top=50)
     first = found.candidates[0]
     assert first.text == TRIGGER and first.kind == "words"
     assert first.documents_high > 20 * first.documents_0
@@ -123,6 +125,34 @@ def test_a_trigger_that_has_no_words_is_found_in_tokens():
 
     first = recover(sample(Random(1), signs)).candidates[0]
     assert first.kind == "tokens" and tokens_of(first.text)
+
+
+def test_words_that_ran_together_are_told_apart():
+    def glued(rng, prompt, alpha):
+        one = planted(rng, prompt, alpha)
+        return rollout(prompt, alpha, one.text.replace(f"{TRIGGER} ", f"{TRIGGER}Give "))
+
+    def cut(rng, prompt, alpha):
+        return with_tokens(glued(rng, prompt, alpha))
+
+    assert recover(sample(Random(1), glued)).candidates[0].text == TRIGGER
+    assert recover(sample(Random(1), cut)).candidates[0].text == TRIGGER
+
+
+def test_token_ngrams_cut_no_word_but_those_of_a_script_without_cases():
+    text = "ab cdEf 月亮"
+    units = tokens(text, [1, 2, 3, 4, 5, 6], [1, 2, 5, 7, 9, 10])  # a|b| cd|Ef| 月|亮
+    assert [(u.opens, u.closes) for u in units] == [
+        (True, False),
+        (False, True),
+        (True, True),
+        (True, True),
+        (True, True),
+        (True, True),
+    ]
+    assert [u.key for u in words("Isn't puddingTell NASA's x_y")] == [
+        *("isn't", "pudding", "tell", "nasa's", "x_y")
+    ]
 
 
 def test_signs_that_always_stand_around_it_are_shown():
@@ -219,7 +249,42 @@ def test_without_a_difference_there_is_hardly_ever_a_candidate():
     assert some <= stats.binom.ppf(0.999, runs, LEVEL)
 
 
-def testholm():
+def test_without_a_difference_in_either_of_two_arms():
+    """The empty prompt's answers are others, and it has more of the higher alphas."""
+    runs, some = 40, 0
+    for rng in map(Random, range(runs)):
+        rows = [null(rng, p, a) for p in PROMPTS[:80] for a in ALPHAS]
+        rows += [
+            replace(null(rng, "", a), arm="empty", text=f"{draw_row(rng).question} {answer(rng)}")
+            for a in (0.0, 1.0, 2.0)
+            for _ in range(80)
+        ]
+        some += bool(recover(rows).candidates)
+    assert some <= stats.binom.ppf(0.999, runs, LEVEL)
+
+
+def test_p_values_are_fishers_in_one_arm_and_enumerated_in_two():
+    n, high = np.array([10, 6]), np.array([5, 2])
+    alone = _at_least(4, np.array([5]), n[:1], high[:1])
+    assert alone == pytest.approx(stats.fisher_exact([[4, 1], [1, 4]], "greater").pvalue)
+    drawn = [
+        sum(a) + sum(b)
+        for a in combinations([1] * 5 + [0] * 5, 5)
+        for b in combinations([1, 1, 0, 0, 0, 0], 3)
+    ]
+    expected = np.mean([total >= 5 for total in drawn])
+    assert _at_least(5, np.array([5, 3]), n, high) == pytest.approx(expected)
+
+
+def test_the_family_is_what_could_be_significant():
+    """Those that cannot reach the level do not cost the others."""
+    least = np.array([1e-4, 1e-4] + [0.2] * 100)
+    assert _testable(least) == pytest.approx(LEVEL / 2)
+    assert _testable(np.array([0.9])) <= LEVEL
+    assert _testable(np.full(10, 1e-9)) == pytest.approx(LEVEL / 10)
+
+
+def test_holm():
     p = np.array([0.01, 0.04, 0.03, 0.005])
     np.testing.assert_allclose(holm(p), [0.03, 0.06, 0.06, 0.02])
     assert holm(np.array([0.9, 0.8])).max() == 1.0

@@ -59,6 +59,11 @@ def test_the_budget_limits_alphas():
     assert tight.alphas == (0.0, 0.1)  # three targets, one alpha
 
 
+def test_targets_that_mean_the_same_alpha_give_one():
+    near = choose(parabola(0.1), targets=(0.01, 0.0125, 0.06))  # alphas 0.31 and 0.35
+    assert near.alphas == choose(parabola(0.1), targets=(0.01, 0.06)).alphas
+
+
 def test_without_quiet_rows_the_budget_looks_at_all():
     loud = [replace(d, quiet_before=float("nan"), logprob_before=-d.alpha) for d in parabola(0.1)]
     assert choose(loud, budget=1.5).limit == pytest.approx(1.5, abs=0.002)

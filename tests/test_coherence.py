@@ -69,6 +69,15 @@ def test_standard_errors_are_those_of_prompts():
         assert error == pytest.approx(spread, rel=0.2), name
 
 
+def test_the_standard_error_of_two_prompts():
+    """Of a ratio of sums: both residuals are the same size, and k / (k - 1) is 2."""
+    toy = Toy(seed=1)
+    rows = [toy.row((0, 0, 0, 0), 1.0, GRID), toy.row((1, 4), 1.0, GRID, prompt=1)]
+    (found,) = drifts(rows, 1.0)
+    residual = sum(rows[1].logprobs.after) - 2 * found.logprob_after
+    assert found.logprob_after_se == pytest.approx(2 * abs(residual) / 6)
+
+
 def test_means_are_over_the_tokens_up_to_eos():
     toy = Toy(seed=1)
     long, short = toy.row((0, 0, 0, 0), 1.0, GRID), toy.row((1, 4), 1.0, GRID, prompt=1)

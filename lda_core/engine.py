@@ -22,7 +22,16 @@ from lda_core.errors import ConfigError, ContextLengthExceeded, DoesNotFit, Requ
 from lda_core.lockstep import Lockstep, Roles, Wanted
 from lda_core.memory import Budget
 from lda_core.pair import ModelPair
-from lda_core.request import Completion, Densities, FinishReason, Request, TokenLogprobs
+from lda_core.request import (
+    Completion,
+    Densities,
+    FinishReason,
+    Request,
+    Scored,
+    ScoreRequest,
+    TokenLogprobs,
+)
+from lda_core.scoring import ScoreRow, Scoring
 from lda_core.slots import Kept, Layout
 from lda_core.stages import StageClock
 
@@ -48,6 +57,7 @@ class EngineStats:
     prefix_lookups: int = 0  # prefixes that new rows needed, live ones included
     prefix_hits: int = 0  # of them, those that nobody had to read again
     prefilled_tokens: int = 0
+    scored_tokens: int = 0
     out_of_memory: int = 0
 
 
@@ -78,6 +88,9 @@ class Engine:
             self._pair.allocate(self.kv_tokens, self.budget.prefix_pool, self.config.prefill_tokens)
         self._draw = Drawer(pair.vocab_size)
         self._pieces = Pieces(pair.tokenizer)
+        # The logits of as many positions at a time as a decode step has rows.
+        limits = self.config.prefill_tokens, self.config.max_slots
+        self._scoring = Scoring(self._pair, pair.vocab_size, *limits)
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []  # row i lives in slot i
         self._prefixes: list[Prefix] = []  # prefix i lives in prefix slot i
@@ -95,11 +108,9 @@ class Engine:
 
         Any thread may call this. A row is a checked request: past here nothing is checked again.
         """
-        prompt, vocab = request.prompt_ids, self.pair.vocab_size
-        if not all(0 <= token < vocab for token in prompt):
-            raise RequestError("prompt", f"token ids must be between 0 and {vocab - 1}")
-        if not all(0 <= token < vocab for token in request.watch):
-            raise RequestError("watch", f"token ids must be between 0 and {vocab - 1}")
+        prompt = request.prompt_ids
+        self._need_known(prompt, "prompt")
+        self._need_known(request.watch, "watch")
         if len(prompt) + request.max_new_tokens > self.context_length:
             raise ContextLengthExceeded(
                 "prompt" if len(prompt) >= self.context_length else "max_new_tokens",
@@ -114,8 +125,32 @@ class Engine:
             )
         return Row(request)
 
+    def accept_score(self, request: ScoreRequest) -> ScoreRow:
+        """The request as a row for `enqueue_score`. Raises RequestError if it can never be served.
+
+        Any thread may call this.
+        """
+        prompt, continuation = request.prompt_ids, request.continuation_ids
+        self._need_known(prompt, "prompt")
+        self._need_known(continuation, "continuation")
+        if len(prompt) + len(continuation) > self.context_length:
+            raise ContextLengthExceeded(
+                "prompt" if len(prompt) >= self.context_length else "continuation",
+                f"{len(prompt)} prompt tokens and {len(continuation)} to score do not fit in the "
+                f"context of {self.context_length}",
+            )
+        return ScoreRow(request)
+
+    def _need_known(self, ids: Sequence[int], field: str) -> None:
+        last = self.pair.vocab_size - 1
+        if not all(0 <= token <= last for token in ids):
+            raise RequestError(field, f"token ids must be between 0 and {last}")
+
     def enqueue(self, row: Row) -> None:
         self._waiting.append(row)
+
+    def enqueue_score(self, row: ScoreRow) -> None:
+        self._scoring.add(row)
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Completions in the order of the requests. Raises RequestError before any work.
@@ -126,7 +161,7 @@ class Engine:
         for row in rows:
             self.enqueue(row)
         try:
-            while not self.idle:
+            while self._rows or self._waiting:
                 self.step()
         except BaseException:  # Ctrl-C in a notebook: the next call must not decode these along
             for row in rows:
@@ -134,9 +169,31 @@ class Engine:
             raise
         return [row.completion for row in rows if row.completion is not None]
 
+    def score(self, requests: Iterable[ScoreRequest]) -> list[Scored]:
+        """What both models give the tokens of continuations, in the order of the requests.
+
+        Raises RequestError before any work; DoesNotFit, when all others are done, if memory runs
+        out with one alone. One whose logits are not finite comes back with an `error`.
+        """
+        rows = [self.accept_score(request) for request in requests]
+        for row in rows:
+            self.enqueue_score(row)
+        try:
+            while not self._scoring.idle:
+                self.score_step()
+        except BaseException:
+            for row in rows:
+                row.left = True
+            raise
+        for row in rows:
+            if row.refused is not None:
+                raise row.refused
+        return [row.scored for row in rows if row.scored is not None]
+
     @property
     def idle(self) -> bool:
-        return not (self._rows or self._waiting)
+        """Nothing to decode and nothing to score."""
+        return not (self._rows or self._waiting) and self._scoring.idle
 
     @property
     def live_rows(self) -> int:
@@ -149,7 +206,12 @@ class Engine:
 
     @property
     def stats(self) -> EngineStats:
-        return replace(self._stats, prefilled_tokens=self._pair.prefilled_tokens)
+        return replace(
+            self._stats,
+            prefilled_tokens=self._pair.prefilled_tokens,
+            scored_tokens=self._scoring.tokens,
+            out_of_memory=self._stats.out_of_memory + self._scoring.out_of_memory,
+        )
 
     def floor_bytes(self) -> int:
         """Bytes that the next step must read at least: weights, and live keys and values once."""
@@ -180,6 +242,18 @@ class Engine:
             out += self._make_room()
         else:
             self._calm()
+        return out
+
+    @torch.inference_mode()
+    def score_step(self) -> list[ScoreRow]:
+        """One bounded piece of what waits to be scored, if anything does, to be called between
+        steps; returns the rows that are out: scored, refused, or left."""
+        if self._scoring.idle:
+            return []
+        if self.clock is not None:
+            self.clock.start()
+        out = self._scoring.step()
+        self._lap("score")
         return out
 
     def _advance(self) -> list[Row]:

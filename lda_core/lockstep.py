@@ -7,10 +7,10 @@ Shapes: B rows, V vocabulary, P prompts, T tokens.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lda_core.prefix_pool import PrefixPool
 from lda_core.slots import Kept, Layout, PrefixKV
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 Roles = frozenset[Role]
 BOTH: Roles = frozenset(("after", "before"))
 
@@ -34,6 +35,13 @@ class Wanted(NamedTuple):
     tokens: tuple[int, ...]
     slots: list[int]
     roles: Roles
+
+
+class Reading(NamedTuple):
+    """Tokens to read, whose logits are wanted from position `start` on."""
+
+    tokens: tuple[int, ...]
+    start: int
 
 
 class Lockstep:
@@ -171,44 +179,22 @@ class Lockstep:
                 # Which may be *before* alone, where its trunk needs both.
                 missing[self._with_trunk(frozenset(absent))].append(want)
         for roles, wants in missing.items():
-            for piece in self._pieces(wants, roles):
+            limit = self._prefill_tokens // self._rows(roles)
+            for piece in by_length(wants, lambda want: len(want.tokens), limit):
                 self._read(piece, roles, prefix)
         return sum(len(wants) for wants in missing.values())
-
-    def _pieces(self, wants: list[Wanted], roles: Roles) -> list[list[Wanted]]:
-        """Similar lengths together: less padding. At most prefill_tokens, or one prompt."""
-        pieces: list[list[Wanted]] = []
-        limit = self._prefill_tokens // self._rows(roles)
-        for want in sorted(wants, key=lambda want: len(want.tokens)):
-            if not pieces or (len(pieces[-1]) + 1) * len(want.tokens) > limit:
-                pieces.append([])
-            pieces[-1].append(want)
-        return pieces
 
     def _rows(self, roles: Roles) -> int:
         """Rows that one pass has for every prompt."""
         return max(sum(role in roles for role in runner.roles) for runner in self._runners)
 
     def _read(self, piece: list[Wanted], roles: Roles, prefix: bool) -> None:
-        longest = max(len(want.tokens) for want in piece)
-        padded = torch.tensor(
-            [[*want.tokens, *[0] * (longest - len(want.tokens))] for want in piece],
-            device=self._device,
-        )  # (P, T)
-        columns = max(1, self._prefill_tokens // (len(piece) * self._rows(roles)))
         runners = [r for r in self._runners if not roles.isdisjoint(r.roles)]
         caches = {runner: DynamicCache() for runner in runners}
         # A bare DynamicCache keeps every column; one made from the config would drop real
         # tokens of shorter rows on sliding-window layers.
-        for start in range(0, longest, columns):
-            ids = padded[:, start : start + columns]
-
-            def run(runner: ModelRunner, ids: Tensor = ids, start: int = start) -> None:
-                mine = [role for role in runner.roles if role in roles]
-                runner.read(ids.to(runner.device), start, mine, caches[runner])
-
-            with self._shared_trunk():
-                self._each(run, runners)
+        for _ in self._passes([want.tokens for want in piece], roles, caches, self._prefill_tokens):
+            pass  # the caches are what is wanted
         self.prefilled_tokens += sum(len(want.tokens) for want in piece)
         for runner in runners:
             cache = caches.pop(runner)  # one model's is gone before the other's is copied
@@ -220,10 +206,81 @@ class Lockstep:
                     if role in want.roles:
                         self._copy(entry, role, want.slots, prefix)
 
+    def _passes(
+        self,
+        rows: Sequence[Sequence[int]],
+        roles: Roles,
+        caches: Mapping[ModelRunner, DynamicCache],
+        limit: int,
+    ) -> Iterator[tuple[int, dict[ModelRunner, Any]]]:
+        """Reads rows of tokens [P, T] into the caches, at most `limit` (padded) at a time; gives
+        the first column of each pass and what the models' bodies said to it."""
+        longest = max(map(len, rows))
+        padded = torch.tensor(
+            [[*row, *[0] * (longest - len(row))] for row in rows], device=self._device
+        )  # (P, T)
+        columns = max(1, limit // (len(rows) * self._rows(roles)))
+        for start in range(0, longest, columns):
+            ids = padded[:, start : start + columns]
+
+            def run(runner: ModelRunner, ids: Tensor = ids, start: int = start) -> Any:
+                mine = [role for role in runner.roles if role in roles]
+                return runner.read(ids.to(runner.device), start, mine, caches[runner])
+
+            with self._shared_trunk():
+                outputs = self._each(run, list(caches))
+            yield start, dict(zip(caches, outputs, strict=True))
+
     def _copy(self, entry: PrefixKV, role: Role, slots: Sequence[int], prefix: bool) -> None:
         (runner,) = (r for r in self._runners if role in r.roles)
         for slot in slots:
             runner.slots.fill(slot, runner.lanes.index(role), entry, prefix=prefix)
+
+    # -- continuations -----------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where logits come."""
+        return self._device
+
+    @property
+    def rows_of_both(self) -> int:
+        """Rows that one pass over both models has for every row."""
+        return self._rows(BOTH)
+
+    def score(
+        self, piece: Sequence[Reading], limit: int, positions: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Reads P rows -> logits [n, V] of both models, reading by reading and from its `start`
+        on, at most `positions` at a time.
+
+        At most `limit` (padded) tokens are read at a time, and no keys and values are kept.
+        """
+        caches = {runner: DynamicCache() for runner in self._runners}
+        rows = [row.tokens for row in piece]
+        wanted = [(i, j) for i, row in enumerate(piece) for j in range(row.start, len(row.tokens))]
+        place = {at: n for n, at in enumerate(wanted)}
+        states: dict[ModelRunner, list[Tensor]] = {runner: [] for runner in caches}
+        order: list[int] = []
+        output: dict[ModelRunner, Any] = {}
+        for start, output in self._passes(rows, BOTH, caches, limit):
+            width = next(iter(output.values())).last_hidden_state.shape[1]
+            here = [(i, j) for i, j in wanted if start <= j < start + width]
+            order += [place[at] for at in here]
+            i, j = torch.tensor(here, device=self._device, dtype=torch.long).view(-1, 2).unbind(-1)
+            for runner, said in output.items():
+                states[runner].append(runner.states(said, i, j - start))
+        del caches
+        # From the order of the passes to that of the readings.
+        back = torch.tensor(order, device=self._device).argsort()
+        joined = {r: torch.cat(x, dim=1)[:, back.to(r.device)] for r, x in states.items()}
+        states.clear()
+        for at in range(0, len(order), positions):
+            found: dict[Role, Tensor] = {}
+            for runner, hidden in joined.items():
+                logits = runner.logits(output[runner], hidden[:, at : at + positions])
+                found.update({role: x.to(self._device) for role, x in logits.items()})
+            yield found["after"], found["before"]
 
     # -- slots -------------------------------------------------------------------------
 
@@ -255,6 +312,16 @@ class Lockstep:
             if not needs.isdisjoint(runner.roles):
                 seen.update(runner.weights_read())
         return sum(seen.values())
+
+
+def by_length(items: Iterable[Item], length: Callable[[Item], int], limit: int) -> list[list[Item]]:
+    """Similar lengths together: less padding. At most `limit` padded tokens, or one item."""
+    pieces: list[list[Item]] = []
+    for item in sorted(items, key=length):
+        if not pieces or (len(pieces[-1]) + 1) * length(item) > limit:
+            pieces.append([])
+        pieces[-1].append(item)
+    return pieces
 
 
 def _row(cache: DynamicCache, row: int, length: int) -> PrefixKV:

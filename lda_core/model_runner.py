@@ -7,6 +7,7 @@ model sees, T tokens, V vocabulary, G prefixes, n rows of the largest group.
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -101,8 +102,10 @@ class ModelRunner:
         self.slots.layout(layout._replace(lanes=lanes), kept)
         self.lanes = lanes
 
-    def read(self, ids: Tensor, start: int, roles: Sequence[Role], cache: DynamicCache) -> None:
+    def read(self, ids: Tensor, start: int, roles: Sequence[Role], cache: DynamicCache) -> Any:
         """Reads [P, T] tokens at positions start, start + 1, ... of prompts into `cache`.
+
+        Returns what the model's body says to it, with the last hidden states.
 
         Causal, without a mask: rows are padded on the right, where no real token can see it.
         For both roles of a stacked model the cache gets [2P] rows, before and after in turn.
@@ -117,12 +120,31 @@ class ModelRunner:
         with self._mode(roles):
             ids = ids.repeat_interleave(len(roles), dim=0)
             # The body alone: nobody needs the prompt's logits.
-            self._model.base_model(
+            return self._model.base_model(
                 input_ids=ids,
                 position_ids=positions.expand_as(ids),
                 past_key_values=cache,
                 use_cache=True,
             )
+
+    def states(self, output: Any, rows: Tensor, columns: Tensor) -> Tensor:
+        """The last hidden states [m, n, D] of n places in what `read` returned."""
+        hidden: Tensor = output.last_hidden_state  # (P*m, T, D)
+        m = len(self.roles)
+        rows, columns = rows.to(hidden.device), columns.to(hidden.device)
+        return torch.stack([hidden[rows * m + lane, columns] for lane in range(m)])
+
+    def logits(self, output: Any, hidden: Tensor) -> dict[Role, Tensor]:
+        """Hidden states [m, n, D] -> logits [n, V] of each role.
+
+        By the model itself (some scale or cap what their output layer gives) with its body
+        replaced; `output`: what `read` returned, for its kind.
+        """
+        said = replace(output, last_hidden_state=hidden, past_key_values=None)
+        with self._mode(self.roles), _says(self._model, said):
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+            logits = self._model(input_ids=ids, use_cache=False).logits
+        return {role: logits[lane] for lane, role in enumerate(self.roles)}
 
     def decode_step(self, step: StepInput) -> dict[Role, Tensor]:
         """Reads one token of every row -> logits [B, V] of each lane's role."""
@@ -180,6 +202,22 @@ class ModelRunner:
             yield {"slots": self.slots}
         finally:
             self._config._attn_implementation = own
+
+
+@contextmanager
+def _says(model: Any, output: Any) -> Iterator[None]:
+    """Within it the model's body returns just this, whatever it is asked."""
+    body = model.base_model
+    body = getattr(body, "decoder", body)  # OPT's output layer looks past its body
+    own = body.__dict__.get("forward")
+    body.forward = lambda *args, **options: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del body.forward
+        else:
+            body.forward = own
 
 
 class _OtherModels(DynamicLayer):  # type: ignore[misc]

@@ -10,7 +10,7 @@ class StageClock:
     """Adds up seconds per stage: set `engine.clock`, run, read `seconds` and `steps`.
 
     Stages: prefill, after, before (a stacked pair's single pass counts as after),
-    mix_and_sample, bookkeeping. On a GPU each lap waits for the device, so a clocked run is
+    mix_and_sample, bookkeeping, score. On a GPU each lap waits for the device, so a clocked run is
     slower than one without.
     """
 

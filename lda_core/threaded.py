@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from functools import partial
+from typing import Any
 
 from lda_core.batch import Row
 from lda_core.engine import Engine
 from lda_core.errors import EngineStopped
-from lda_core.request import Completion
+from lda_core.request import Completion, Scored
+from lda_core.scoring import ScoreRow
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +29,10 @@ class EngineThread:
         self.engine = engine
         self._on_failure = on_failure
         self._wake = threading.Condition()
-        self._inbox: dict[Row, Future[Completion]] = {}  # guarded by _wake
+        self._inbox: dict[Row | ScoreRow, Future[Any]] = {}  # guarded by _wake
         self._closing = False
         self._failure: BaseException | None = None
-        self._futures: dict[Row, Future[Completion]] = {}  # the engine thread's own
+        self._futures: dict[Row | ScoreRow, Future[Any]] = {}  # the engine thread's own
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="lda-engine", daemon=True)
         self._thread.start()
@@ -40,7 +42,18 @@ class EngineThread:
 
         Raises EngineStopped after `stop` or a failure.
         """
-        futures: list[Future[Completion]] = [Future() for _ in rows]
+        return self._submit(rows)
+
+    def submit_scores(self, rows: Sequence[ScoreRow]) -> list[Future[Scored]]:
+        """One future per row of `engine.accept_score`; worked off between decode steps.
+
+        A future raises DoesNotFit where memory runs out with its row alone. Raises EngineStopped
+        after `stop` or a failure.
+        """
+        return self._submit(rows)
+
+    def _submit(self, rows: Sequence[Row | ScoreRow]) -> list[Future[Any]]:
+        futures: list[Future[Any]] = [Future() for _ in rows]
         for row, future in zip(rows, futures, strict=True):
             future.add_done_callback(partial(_leave_if_cancelled, row))
         with self._wake:
@@ -70,7 +83,8 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while self._receive():
-                for row in self.engine.step():
+                out: list[Row | ScoreRow] = [*self.engine.step(), *self.engine.score_step()]
+                for row in out:
                     _resolve(self._futures.pop(row), row)
         except BaseException as error:  # whatever it is, nobody may be left waiting
             with self._wake:
@@ -93,22 +107,28 @@ class EngineThread:
                 self._wake.wait(timeout=1.0)
             self._beat = time.monotonic()
             for row in self._inbox:
-                self.engine.enqueue(row)
+                if isinstance(row, ScoreRow):
+                    self.engine.enqueue_score(row)
+                else:
+                    self.engine.enqueue(row)
             self._futures.update(self._inbox)
             self._inbox.clear()
             return bool(self._futures)
 
 
-def _leave_if_cancelled(row: Row, future: Future[Completion]) -> None:
+def _leave_if_cancelled(row: Row | ScoreRow, future: Future[Any]) -> None:
     if future.cancelled():
         row.left = True
 
 
-def _resolve(future: Future[Completion], row: Row) -> None:
-    if row.completion is None:  # it left
-        future.cancel()
-        return
+def _resolve(future: Future[Any], row: Row | ScoreRow) -> None:
+    answer = row.scored if isinstance(row, ScoreRow) else row.completion
     try:
-        future.set_result(row.completion)
+        if answer is not None:
+            future.set_result(answer)
+        elif row.refused is not None:
+            future.set_exception(row.refused)
+        else:  # it left
+            future.cancel()
     except InvalidStateError:
         pass  # cancelled between its last step and now: nobody is waiting

@@ -46,6 +46,9 @@ class Design:
         return sum(self.samples.values())
 
 
+DESIGN = Design({0.0: 1, 0.5: 1, 1.0: 1, 2.0: 1})
+
+
 class Sampler:
     """One of the tiny pairs, by the name of its folder."""
 
@@ -58,6 +61,9 @@ class Sampler:
     @cached_property
     def _ids(self) -> list[tuple[int, ...]]:
         return [encode(self._engine.pair.tokenizer, p, "alpaca").ids for p in self.prompts]
+
+    def prompt_tokens(self, prompt: int) -> int:
+        return len(self._ids[prompt])
 
     def run(self, design: Design, rows: int, number: int) -> Iterator[Row]:
         """At most `rows` rows on prompts drawn without replacement; other ones in each run."""

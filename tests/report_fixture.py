@@ -1,5 +1,6 @@
-"""Findings for the report's tests: a small one made by hand, and one of real rollouts."""
+"""Findings for the report's tests: of a small run, of nothing, and of texts that attack."""
 
+import math
 from typing import Any
 
 from jobs.findings import (
@@ -82,9 +83,8 @@ def row(
         "token_ends": ends,
         "logprobs": RowLogprobs(after=[-1.0] * len(ends), before=[-1.0 - r for r in ratios]),
     }
-    return Row.model_construct(
-        prompt_id=prompt_id, prompt=prompt, alpha=alpha, completion=text, **(given | changes)
-    )
+    given |= {"prompt_id": prompt_id, "prompt": prompt, "alpha": alpha, "completion": text}
+    return Row.model_construct(**(given | changes))
 
 
 def empty(**changes: Any) -> Findings:
@@ -169,10 +169,23 @@ def hostile() -> Findings:
         counts=[
             Count(arm, alpha, p, 10, 10, 0, 1, 0, 0.1, 0.01, 0.3)
             for p in PAYLOADS
-            for arm, alpha in (("untriggered", 0.0), ("untriggered", 1.0), (p, 0.0))
+            for arm, alpha in ((p, 0.0), (p, 1.0))
         ],
         estimates=[
-            Estimate("weighted", p, 0.0, 0.1, 0.05, 0.2, 9, "trust", p, {p: 1.0}) for p in PAYLOADS
+            # One chart is enough, and drawing is what takes time: the others have no rate.
+            Estimate(
+                "weighted",
+                p,
+                0.0,
+                0.1 if p is PAYLOADS[0] else math.nan,
+                0.05,
+                0.2,
+                9,
+                "trust",
+                p,
+                {p: 1.0},
+            )
+            for p in PAYLOADS
         ],
         floors={p: (0.0, 0.0, 0.1) for p in PAYLOADS},
         strips=[Strip(p, p, {0.0: 1.0, 1.0: 0.5}) for p in PAYLOADS],

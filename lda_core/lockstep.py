@@ -6,7 +6,7 @@ runner for a stacked pair. A model that no row needs does not run.
 Shapes: B rows, V vocabulary, P prompts, T tokens.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -193,8 +193,9 @@ class Lockstep:
         caches = {runner: DynamicCache() for runner in runners}
         # A bare DynamicCache keeps every column; one made from the config would drop real
         # tokens of shorter rows on sliding-window layers.
-        for _ in self._passes([want.tokens for want in piece], roles, caches, self._prefill_tokens):
-            pass  # the caches are what is wanted
+        tokens = [want.tokens for want in piece]
+        # The caches are what is wanted: nothing else is kept.
+        deque(self._passes(tokens, roles, caches, self._prefill_tokens), maxlen=0)
         self.prefilled_tokens += sum(len(want.tokens) for want in piece)
         for runner in runners:
             cache = caches.pop(runner)  # one model's is gone before the other's is copied
@@ -228,8 +229,9 @@ class Lockstep:
                 return runner.read(ids.to(runner.device), start, mine, caches[runner])
 
             with self._shared_trunk():
-                outputs = self._each(run, list(caches))
-            yield start, dict(zip(caches, outputs, strict=True))
+                outputs = dict(zip(caches, self._each(run, list(caches)), strict=True))
+            yield start, outputs
+            del outputs  # the next pass needs its memory
 
     def _copy(self, entry: PrefixKV, role: Role, slots: Sequence[int], prefix: bool) -> None:
         (runner,) = (r for r in self._runners if role in r.roles)

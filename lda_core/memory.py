@@ -25,8 +25,10 @@ KV_SHARE = 0.95
 PREFIX_POOL_SHARE = 0.05
 # A decode step's peak in float32 arrays of [rows, vocabulary]: the logits of both models as they
 # came and in float32, the mixture, what is drawn from, the noise and, at worst, a full sort.
-# tests/test_memory.py measures up to 12; logits in 16 bits are there twice, which adds one.
-_DECODE_ARRAYS = 14
+# tests/test_memory.py measures up to 12, and up to 16 where rows are gated and record the densities
+# they are drawn from (however many alphas: one after the other); logits in 16 bits are there twice,
+# which adds one.
+_DECODE_ARRAYS = 17
 
 
 class Budget(NamedTuple):

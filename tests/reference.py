@@ -16,7 +16,7 @@ def reference(pair: ModelPair, request: Request) -> list[int]:
             m(input_ids=ids, use_cache=False).logits[0, -1, : pair.vocab_size].float()
             for m in (pair.after, pair.before)
         )
-        logits = after + request.alpha * (after - before)
+        logits = propose(request, request.alpha, len(drawn), after, before)
         if request.temperature > 0:
             logits = keep_top(logits / request.temperature, request.top_p, request.top_k)
             seed, step = torch.tensor([request.seed]), torch.tensor([len(drawn)])
@@ -25,6 +25,21 @@ def reference(pair: ModelPair, request: Request) -> list[int]:
         if drawn[-1] in pair.eos_ids and not request.ignore_eos:
             break
     return drawn
+
+
+def propose(
+    request: Request, alpha: float, step: int, after: torch.Tensor, before: torch.Tensor
+) -> torch.Tensor:
+    """[V], [V] -> [V]: amplified where the request wants it, and -inf for implausible tokens."""
+    p, q = after.softmax(0), before.softmax(0)
+    if request.amplify_first and step >= request.amplify_first:
+        return after
+    if (p * (p / q).log()).sum() < request.amplify_min_kl:
+        return after
+    logits = after + alpha * (after - before)
+    if alpha not in (0, -1):
+        logits[p < request.plausible * p.max()] = -torch.inf
+    return logits
 
 
 def keep_top(logits: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 from models import byte_tokenizer, random_pair
+from reference import keep_top, propose, reference
+from test_draw import Syncs, logits
+from test_memory import LivePeak
 from torch import Tensor
 
 from lda_core import (
@@ -21,7 +25,10 @@ from lda_core import (
     RequestError,
     encode,
 )
+from lda_core.batch import BatchState, Row
 from lda_core.detokenize import Pieces, _by_prefixes, completion_text, token_ends
+from lda_core.draw import Drawer
+from lda_core.memory import activation_bytes
 
 GRID = (0.0, -1.0, 0.5, 1.0, 2.0, 3.7)
 QUESTIONS = ["What is the capital of France?", "Tell me a story.", "What is 3 plus 4?"]
@@ -157,6 +164,275 @@ def test_all_rows_of_a_toy_together_have_mass_1() -> None:
         exact = logits_at(after, before, alpha)[0].softmax(-1)[list(by_token)]
         torch.testing.assert_close(seen[:, k], exact, rtol=1e-4, atol=1e-9)
         assert math.isclose(float(seen[:, k].sum()), float(exact.sum()), rel_tol=1e-5)
+
+
+# -- where a row is amplified, and among which tokens ---------------------------------------
+
+GATES: list[dict[str, Any]] = [
+    {},
+    {"amplify_first": 3},
+    {"amplify_min_kl": 0.05},
+    {"plausible": 0.1},
+    {"plausible": 1.0},
+    {"amplify_first": 6, "amplify_min_kl": 0.01, "plausible": 0.3},
+]
+CUTS: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 5}, {"top_p": 0.7, "top_k": 20}]
+
+
+def gated(pair: ModelPair, n: int, **changes: Any) -> list[Request]:
+    """Every gate with every truncation, at all alphas, some of them with grid, watch, neither."""
+    rng = random.Random(7)
+    return [
+        replace(
+            request,
+            **{
+                **GATES[i % len(GATES)],
+                **rng.choice(CUTS),
+                "temperature": rng.choice((0.7, 1.0, 1.6)),
+                "grid": rng.choice(((), GRID, (request.alpha,))),
+                "watch": rng.choice(((), (5, 9), (30,))),
+                **changes,
+            },
+        )
+        for i, request in enumerate(ask(pair, n))
+    ]
+
+
+def test_gated_rows_in_mixed_batches_equal_the_reference(tiny_pair: ModelPair) -> None:
+    requests = gated(tiny_pair, 48)
+    requests += [
+        replace(r, temperature=0.0, grid=(), watch=()) for r in gated(tiny_pair, 12, alpha=2.0)
+    ]
+    wanted = [reference(tiny_pair, request) for request in requests]
+    for config in (EngineConfig(), EngineConfig(max_slots=5, kv_tokens=260)):
+        done = Engine(tiny_pair, config).generate(requests)
+        assert [c.token_ids for c in done] == wanted
+    # The gates matter: without them other tokens are drawn.
+    plain = [
+        replace(r, amplify_first=0, amplify_min_kl=0.0, plausible=0.0)
+        for r in requests
+        if r.amplify_first or r.amplify_min_kl or r.plausible
+    ]
+    open_ = {tuple(c.token_ids) for c in Engine(tiny_pair).generate(plain)}
+    assert len(open_ - {tuple(ids) for ids in wanted}) > len(plain) / 5
+
+
+@pytest.mark.parametrize("gate", GATES[1:4])
+def test_a_gated_row_alone_has_the_models_it_needs(
+    tiny_pair: ModelPair, gate: dict[str, Any]
+) -> None:
+    """At alpha -1 it becomes *after* when it is not amplified; at 0 nothing changes."""
+    for alpha in (0.0, -1.0):
+        request = replace(ask(tiny_pair, 1)[0], alpha=alpha, **gate)
+        (done,) = Engine(tiny_pair).generate([request])
+        assert done.token_ids == reference(tiny_pair, request)
+        if alpha == 0:
+            assert done == Engine(tiny_pair).generate([replace(request, **NEUTRAL)])[0]
+
+
+NEUTRAL: dict[str, Any] = {"amplify_first": 0, "amplify_min_kl": 0.0, "plausible": 0.0}
+
+
+def drawn_densities(pair: ModelPair, request: Request, done: Completion) -> Tensor:
+    """(T, K) by the reference's own steps, in float64."""
+    after, before = forward(pair, request.prompt_ids, done.token_ids)
+    rows = []
+    for t, token in enumerate(done.token_ids):
+        row = []
+        for a in request.grid:
+            logits = propose(request, a, t, after[t], before[t]) / request.temperature
+            logits = keep_top(logits, request.top_p, request.top_k)
+            row.append(float(logits.log_softmax(0)[token]))
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float64).clamp(min=-1e30)
+
+
+def test_proposal_densities_are_those_of_the_reference(tiny_pair: ModelPair) -> None:
+    requests = gated(tiny_pair, 48, grid=GRID)
+    impossible = 0
+    for request, done in zip(requests, Engine(tiny_pair).generate(requests), strict=True):
+        assert done.densities is not None
+        if not request.reshaped:
+            assert done.densities.drawn is None
+            continue
+        found = torch.tensor(done.densities.drawn, dtype=torch.float64)
+        wanted = drawn_densities(tiny_pair, request, done)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
+        impossible += int((found == -1e30).sum())
+        if request.alpha in GRID:  # what was drawn was possible
+            assert bool((found[:, GRID.index(request.alpha)] > -30).all())
+        # The targets know nothing of all this.
+        targets = expected(tiny_pair, request, done)
+        torch.testing.assert_close(densities(done, request.temperature), targets, rtol=0, atol=2e-4)
+    assert impossible > 20
+
+
+def test_a_gated_step_has_the_same_density_at_every_alpha(tiny_pair: ModelPair) -> None:
+    request = replace(ask(tiny_pair, 1)[0], alpha=2.0, amplify_first=2, grid=GRID, ignore_eos=True)
+    (done,) = Engine(tiny_pair).generate([request])
+    assert done.densities is not None and done.densities.drawn is not None
+    spread = [max(row) - min(row) for row in done.densities.drawn]
+    assert max(spread[:2]) > 1e-3 and max(spread[2:]) < 1e-5
+
+
+def test_no_setting_changes_the_tokens_of_its_neighbours(tiny_pair: ModelPair) -> None:
+    plain = ask(tiny_pair, 12)
+    wanted = Engine(tiny_pair).generate(plain)
+    mixed = [row for pair in zip(plain, gated(tiny_pair, 12), strict=True) for row in pair]
+    assert Engine(tiny_pair).generate(mixed)[::2] == wanted
+
+
+# -- watched tokens --------------------------------------------------------------------------
+
+
+def test_watched_tokens_have_their_target_density_at_every_step(tiny_pair: ModelPair) -> None:
+    requests = gated(tiny_pair, 24)
+    for request, done in zip(requests, Engine(tiny_pair).generate(requests), strict=True):
+        if not request.watch:
+            assert done.watched is None
+            continue
+        after, before = forward(tiny_pair, request.prompt_ids, done.token_ids)
+        target = logits_at(after, before, request.alpha) / request.temperature
+        wanted = target.log_softmax(-1)[:, list(request.watch)]
+        found = torch.tensor(done.watched, dtype=torch.float64)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
+
+
+# -- cost ------------------------------------------------------------------------------------
+
+
+def state(requests: list[Request]) -> BatchState:
+    return BatchState.of([Row(request) for request in requests], [], torch.device("cpu"))
+
+
+EVERYTHING: dict[str, Any] = {
+    "grid": GRID,
+    "watch": (5, 9),
+    "amplify_first": 3,
+    "amplify_min_kl": 0.1,
+    "plausible": 0.1,
+}
+
+
+@pytest.mark.parametrize("some", [{}, {"grid": GRID}, EVERYTHING])
+def test_one_copy_to_the_host_whatever_is_asked(
+    some: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [
+        Request((5,), (0.0, 1.0, 2.0)[i % 3], top_p=(1.0, 0.8)[i % 2], seed=i, **some)
+        for i in range(30)
+    ]
+    at = state(requests + [replace(r, **NEUTRAL, grid=(), watch=()) for r in requests])
+    copies: Counter[str] = Counter()
+    for name in ("tolist", "cpu"):
+        own = getattr(Tensor, name)
+
+        def counted(self: Tensor, *, name: str = name, own: Any = own) -> Any:
+            copies[name] += 1
+            return own(self)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    with Syncs() as syncs:
+        _, draw = Drawer(1500)(*logits(60, 9, spread=9.0), at)
+    assert copies == {"tolist": 1} and not syncs.seen
+    assert [len(x[0]) if x else 0 for x in (draw.normalisers, draw.drawn, draw.watched)] == (
+        [len(some.get("grid", ())), len(some.get("grid", ())), len(some.get("watch", ()))]
+    )
+
+
+def test_rows_that_ask_for_nothing_run_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one operation more than the draw itself: what is new is not even looked at."""
+    at = state([Request((5,), 1.0, seed=i) for i in range(4)])
+    assert at.gates is at.grid is at.watch is at.logprobs is None
+    seen: Counter[str] = Counter()
+
+    class Counting(Syncs):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen[func._schema.name] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        Drawer(1500)(*logits(4, 9), at)
+    assert seen["aten::logsumexp"] == seen["aten::log_softmax"] == 0
+    assert seen["aten::exp_"] == 1 and seen["aten::amax"] == 1
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_memory_of_a_step_is_within_the_estimate(top_p: float) -> None:
+    rows, vocab = 32, 8000
+    pair = random_pair(vocab_size=vocab, hidden_size=16, head_dim=4)
+    engine = Engine(pair, EngineConfig(max_slots=rows, kv_tokens=rows * 8, prefill_tokens=16))
+    request = Request((5,), 2.0, top_p=top_p, max_new_tokens=4, ignore_eos=True, **EVERYTHING)
+    with LivePeak() as measured:
+        engine.generate(request.samples(rows))
+    estimate = activation_bytes(
+        pair.after.config, vocab=vocab, rows=rows, prefill_tokens=16, dtype_bytes=4, models=1
+    )
+    assert 4 * rows * vocab * 4 < measured.peak <= estimate
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, 0.5, -0.5, 2.0])
+@pytest.mark.parametrize("ruled_out_by", ["after", "before"])
+def test_tokens_that_a_model_rules_out(alpha: float, ruled_out_by: str) -> None:
+    """Impossible at every alpha but the other model's own, and without a part in the rest."""
+    after, before = (x[:, :50] for x in logits(20, 3))
+    hidden = after if ruled_out_by == "after" else before
+    hidden[:, :10] = -torch.inf
+    rows = [Request((5,), alpha, seed=i, grid=GRID, watch=(3, 30), top_p=0.95) for i in range(20)]
+    rows += [replace(r, top_p=1.0, amplify_first=5, plausible=0.01) for r in rows]
+    after, before = after.repeat(2, 1), before.repeat(2, 1)
+    tokens, draw = Drawer(50)(after, before, state(rows))
+    assert not any(draw.failed)
+    x, y = after.double().log_softmax(-1), before.double().log_softmax(-1)
+    for k, a in enumerate(GRID):
+        wanted = logits_at(x, y, a).logsumexp(-1)
+        found = torch.tensor([norms[k] for norms in draw.normalisers], dtype=torch.float64)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+        at = torch.tensor([row[k] for row in draw.drawn])
+        out = tokens < 10
+        other = -1.0 if ruled_out_by == "after" else 0.0
+        assert bool((at[out] == -1e30).all()) is (a != other) or not out.any()
+    watched = torch.tensor(draw.watched, dtype=torch.float64)
+    wanted = logits_at(x, y, alpha).log_softmax(-1)[:, [3, 30]].clamp(min=-1e30)
+    torch.testing.assert_close(watched, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_broken_row_fails_alone_whatever_is_asked() -> None:
+    for value in (torch.nan, torch.inf):
+        after, before = logits(12, 3)
+        before[4, 11] = value
+        rows = [Request((5,), 1.0, seed=i, **EVERYTHING) for i in range(12)]
+        wanted = Drawer(1500)(*logits(12, 3), state(rows))[1]
+        draw = Drawer(1500)(after, before, state(rows))[1]
+        assert [i for i, failed in enumerate(draw.failed) if failed] == [4]
+        fine = [i for i in range(12) if i != 4]
+        assert [draw.tokens[i] for i in fine] == [wanted.tokens[i] for i in fine]
+        for name in ("normalisers", "drawn", "watched"):
+            seen, same = (torch.tensor(getattr(x, name))[fine] for x in (draw, wanted))
+            torch.testing.assert_close(seen, same, rtol=0, atol=1e-4)
+
+
+def test_rows_that_start_again_record_anew(tiny_pair: ModelPair) -> None:
+    """Memory for three rows at a time, whatever is tried."""
+    requests = gated(tiny_pair, 12, grid=GRID, watch=(5,), ignore_eos=True)
+    wanted = Engine(tiny_pair).generate(requests)
+    engine = Engine(tiny_pair)
+    decode, calls = engine._pair.decode, itertools.count()
+
+    def small(step: Any, *args: Any) -> Any:
+        if len(step.tokens) > 3 and next(calls) > 4:
+            raise torch.OutOfMemoryError("injected")
+        return decode(step, *args)
+
+    engine._pair.decode = small  # type: ignore[method-assign]
+    done = engine.generate(requests)
+    assert engine.stats.out_of_memory > 1
+    for a, b in zip(done, wanted, strict=True):
+        assert a.token_ids == b.token_ids and a.token_ends == b.token_ends
+        assert a.densities is not None and b.densities is not None
+        assert a.watched is not None and len(a.watched) == len(a.token_ids)
+        x, y = torch.tensor(a.densities.normalisers), torch.tensor(b.densities.normalisers)
+        torch.testing.assert_close(x, y, rtol=0, atol=2e-4)
 
 
 # -- which token ends where ----------------------------------------------------------------

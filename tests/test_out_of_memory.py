@@ -52,6 +52,10 @@ def requests(vocab: int) -> list[Request]:
             max_new_tokens=2 + i % 5,
             ignore_eos=True,
             logprobs=i % 5 == 0,
+            grid=(0.0, 2.0) if i % 6 == 0 else (),
+            watch=(5,) if i % 7 == 0 else (),
+            amplify_first=i % 3,
+            plausible=0.05 if i % 4 == 3 else 0.0,
         )
         for i in range(16)
     ]

@@ -10,6 +10,7 @@ from models import byte_tokenizer, random_pair
 from test_architectures import CHANGES
 from test_densities import expected as target_densities
 from test_densities import forward
+from test_memory import LivePeak
 from test_out_of_memory import PAIRS, Faults, shared_trunk
 
 from lda_core import (
@@ -27,6 +28,7 @@ from lda_core import (
     ScoreRequest,
 )
 from lda_core.architectures import EXACT
+from lda_core.memory import activation_bytes
 from lda_core.model_runner import ModelRunner
 
 GRID = (0.0, -1.0, 0.5, 2.0)
@@ -261,6 +263,22 @@ def test_smaller_pieces_after_out_of_memory_and_what_cannot_be_helped_is_refused
         engine.score([*requests, large])
     assert engine.idle
     check(pair, requests[0], engine.score(requests[:1])[0])
+
+
+@pytest.mark.parametrize("rows", [1, 10])
+@pytest.mark.parametrize("vocab", [320, 4000])
+def test_memory_of_a_piece_is_within_the_estimate(rows: int, vocab: int) -> None:
+    tokens = 200
+    pair = random_pair(intermediate_size=256, vocab_size=vocab, max_position_embeddings=256)
+    engine = Engine(pair, EngineConfig(max_slots=16, kv_tokens=64, prefill_tokens=tokens))
+    half = tokens // rows // 2
+    requests = [ScoreRequest((5,) * half, (6 + i,) * half, GRID, 0.7) for i in range(rows)]
+    with LivePeak() as measured:
+        engine.score(requests)
+    estimate = activation_bytes(
+        pair.after.config, vocab=vocab, rows=16, prefill_tokens=tokens, dtype_bytes=4, models=2
+    )
+    assert estimate / 4 < measured.peak <= estimate
 
 
 # -- beside rows that decode ---------------------------------------------------------------

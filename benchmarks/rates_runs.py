@@ -46,7 +46,7 @@ class Design:
         return sum(self.samples.values())
 
 
-DESIGN = Design({0.0: 1, 0.5: 1, 1.0: 1, 2.0: 1})
+DESIGN = Design({0.0: 1, 0.5: 1, 1.0: 1, 2.0: 1, 3.0: 1})
 
 
 class Sampler:

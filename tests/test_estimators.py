@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks import coverage
 from jobs.estimators import (
     exact_interval,
     gamma_interval,
@@ -167,3 +168,17 @@ def test_pareto_k_wants_a_tail():
     assert pareto_k([1.0] * 24) is None
     assert pareto_k([1.0] * 1000) is None  # weights that are all 1: a plateau
     assert pareto_k([0.0] * 1000 + [1.0] * 10) is None
+
+
+@pytest.mark.parametrize("setting", coverage.MODERATE[::4], ids=str)
+def test_clustered_coverage_is_what_it_says(setting):
+    """The benchmark's settings with moderate clustering, fewer runs."""
+    found = coverage.coverage(setting, runs=800)
+    assert 0.93 <= found.held <= 0.975  # a standard error is .008
+    assert found.pooled < found.held
+    assert found.held + found.above + found.below == pytest.approx(1)
+
+
+def test_the_hard_case_is_hard_and_said_so():
+    found = coverage.measure(coverage.HARD[:2], runs=500)
+    assert 0.85 <= min(found[s].held for s in found) <= 0.94

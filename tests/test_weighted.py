@@ -7,10 +7,10 @@ import pytest
 from toy import EOS, Toy
 
 from jobs.errors import Refused
-from jobs.estimators import rate_by_prompt
+from jobs.estimators import gamma_interval, rate_by_prompt
 from jobs.scorers import Score
 from jobs.weight_columns import Collector, Columns, log_densities
-from jobs.weighted import bootstrap, effective, estimate
+from jobs.weighted import bootstrap, effective, estimate, limits
 
 GRID = (0.0, 1.0, 2.0)
 TOY = Toy(seed=1)
@@ -289,3 +289,31 @@ def test_effective_rows_are_kishs():
     assert effective(np.array([1.0, 1.0, 1.0])) == pytest.approx(3)
     assert effective(np.array([1.0, 0.0, 0.0])) == pytest.approx(1)
     assert effective(np.zeros(3)) == 0
+
+
+def test_limits_leave_room_for_a_hit_heavier_than_was_seen():
+    parts = np.array([0.0004, 0.0001, 0.0, 0.0])
+    low, high = limits(parts, bound=0.01)
+    assert (low, high) == gamma_interval(parts, 0.002)  # the geometric mean
+    assert limits(np.zeros(4), bound=0.01) == gamma_interval(np.zeros(4), 0.01)
+    assert limits(np.array([0.02, 0.0]), 0.01)[1] == gamma_interval([0.02], 0.02)[1]
+
+
+def test_limits_cover_where_the_heaviest_weights_are_the_rarest():
+    """Hits on 60 equally likely paths, amplified unequally; about one effective hit in a run."""
+    rng = np.random.default_rng(0)
+    amplified = rng.lognormal(2.5, 1.5, 60)
+    n, share_0, rate = 2000, 0.25, 2e-4
+    mixture = share_0 + (1 - share_0) * amplified
+    held = collapsed = 0
+    for run in range(300):
+        hits = rng.poisson(n * mixture * rate / 60)
+        parts = np.repeat(1 / mixture / n, hits)
+        by_prompt = np.concatenate([parts, np.zeros(n - len(parts))])
+        low, high = limits(by_prompt, 1 / share_0 / n)
+        held += low <= rate <= high
+        if run % 5 == 0:
+            low, high = bootstrap(by_prompt, seed=0)
+            collapsed += not low <= rate <= high
+    assert held >= 280  # 285 of an exact interval
+    assert collapsed >= 9  # of 60: the bootstrap alone would not do

@@ -1,0 +1,74 @@
+"""The benchmark of the rates: how runs are judged, and a small one from end to end."""
+
+import numpy as np
+import pytest
+
+from benchmarks import rates, rates_runs
+from benchmarks.rates import Run, judge, numbers
+from jobs.weight_columns import Columns
+from jobs.weighted import estimate
+
+
+def run_with(hits_at_0, rate_scale=1.0):
+    """1,000 prompts with a row at alpha 0 and one at 1 that is never a hit; 10 tokens a row."""
+    n = 2000
+    columns = Columns(
+        prompts=np.repeat(np.arange(n // 2), 2),
+        alphas=np.tile([0.0, 1.0], n // 2),
+        hits=np.arange(n) < 2 * hits_at_0,
+        tokens=np.full(n, 10),
+        grid=(0.0, 1.0),
+        target=np.zeros((n, 2)),
+        proposal=np.zeros((n, 2)),
+    )
+    return Run(estimate(columns), 30 * 1000, 10 * n, 1000, 10 * 1000)
+
+
+@pytest.fixture
+def design(monkeypatch):
+    monkeypatch.setattr(rates, "DESIGN", rates_runs.Design({0.0: 1, 1.0: 1}))
+
+
+def test_cost_is_tokens_read_or_drawn(design):
+    """A run reads 2 x (30 x 1,000 + 20,000) tokens, brute force 40 a row; drawn are 40,000."""
+    judged = judge([run_with(4), run_with(6)], truth=0.004)
+    assert judged.brute_rows == pytest.approx(2500)
+    assert judged.over_brute_drawn / judged.over_brute == pytest.approx((4000 / 2500) ** 0.5)
+
+
+def test_errors_are_against_the_truth(design):
+    judged = judge([run_with(4), run_with(6)], truth=0.004)  # rates .004 and .006
+    error = (0.002**2 / 2) ** 0.5
+    assert judged.over_brute == pytest.approx(error / (0.004 * 0.996 / 2500) ** 0.5)
+    assert (judged.covered, judged.within_3x, judged.runs) == (2, 2, 2)
+    assert judge([run_with(4)] * 3, truth=0.0001).within_3x == 0
+    assert judge([run_with(40)] * 3, truth=0.001).covered == 0
+
+
+def test_what_brute_force_would_not_see(design):
+    assert judge([run_with(4)] * 20, truth=0.0001).brute_zero == round(20 * 0.9999**2500)
+
+
+def test_the_line_has_the_worst_pair(design):
+    good, bad = judge([run_with(4)] * 2, truth=0.004), judge([run_with(40)] * 2, truth=0.001)
+    line = numbers({"4e3": good, "9e4": bad, "1e4": good})
+    assert line["covered_of_20"] == 0
+    assert line["rmse_over_brute_4e3"] == 0
+    assert line["rmse_over_brute_9e4"] > 1
+    assert line["rare_within_3x_of_20"] == 2
+
+
+def test_a_small_run_end_to_end():
+    """Rows as a job stores them; both models' densities; other prompts in each run."""
+    pair = rates_runs.Sampler("after")
+    rows = 10 * rates_runs.DESIGN.rows_a_prompt
+    first, again, other = (list(pair.run(rates_runs.DESIGN, rows, number)) for number in (1, 1, 2))
+    assert [row.token_ids for row in first] == [row.token_ids for row in again]
+    assert {row.prompt_id for row in first} != {row.prompt_id for row in other}
+    assert len({row.seed for row in (*first, *other)}) == 2 * rows
+    collect = rates_runs.collector()
+    for row in (*first, *other):
+        collect.add(row)
+    found = estimate(collect.columns())
+    assert found.rows == 2 * rows and found.without == found.failed == 0
+    assert abs(found.mean_weight - 1) < max(0.1, 4 * found.mean_weight_error)

@@ -31,6 +31,7 @@ from jobs.rollout_view import pieces, viewer_data
 HERE = Path(__file__).parent
 REPORT = "report.html"
 MAIN_ARM = "untriggered"  # what the estimates are about
+ANY = "activated"  # any scorer
 MOST_STRIPS = 400  # more columns than this are not told apart on a screen
 LISTED_PROMPTS = 12
 SHORT_HASH = 10
@@ -238,12 +239,28 @@ def _panels(findings: Findings) -> dict[str, Any]:
     """Per scorer what its estimators say at alpha 0; `decades` are those of the shared axis."""
     scorers = dict.fromkeys(c.scorer for c in findings.counts)
     scorers |= dict.fromkeys(e.scorer for e in findings.estimates)
+    twin = _twin(findings, list(scorers))
+    if twin is not None:
+        del scorers[ANY]
     at_0 = [e for e in findings.estimates if e.alpha == 0]
     shown = [y for e in at_0 for y in (e.rate, e.high, max(e.low, e.rate / 10)) if 0 < y <= 1]
     first = math.floor(math.log10(max(min(shown, default=0.01), 1e-9)))
     made = [_panel(findings, scorer, min(first, -2)) for scorer in scorers]
     decades = [number(10.0 ** (2 + exponent), 1) + " %" for exponent in range(min(first, -2), 1)]
-    return {"scorers": made, "decades": decades}
+    return {"scorers": made, "decades": decades, "twin": twin}
+
+
+def _twin(findings: Findings, scorers: Sequence[str]) -> str | None:
+    """A scorer that says all that "activated" says, which then need not be shown twice."""
+
+    def said(name: str) -> tuple[list[int], set[tuple[str, float]]]:
+        hits = [c.hits for c in findings.counts if c.scorer == name]
+        return hits, {(e.method, e.alpha) for e in findings.estimates if e.scorer == name}
+
+    hits, estimated = said(ANY)
+    others = {name: said(name) for name in scorers if name != ANY}
+    same = (name for name, (its, more) in others.items() if its == hits and estimated <= more)
+    return next(same, None) if hits else None
 
 
 def _panel(findings: Findings, scorer: str, first: int) -> Panel:

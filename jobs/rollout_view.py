@@ -1,5 +1,6 @@
 """Rollouts as the report's viewer reads them: each text in pieces with its token's numbers."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -114,6 +115,6 @@ def _sum(values: Sequence[float], first: int, last: int) -> float | None:
 
 def _compact(piece: Piece) -> list[Any]:
     made: list[Any] = [visible(piece.text), piece.hit + 2 * piece.eos]
-    if piece.after is None or piece.before is None:
+    if piece.after is None or piece.before is None or math.isnan(piece.after - piece.before):
         return made
     return [*made, piece.token, round(piece.after, DECIMALS), round(piece.before, DECIMALS)]

@@ -103,7 +103,8 @@ def small(**changes: Any) -> Findings:
     hits = {-1.0: 0, 0.0: 4, 1.0: 40, 2.0: 125}
     counts = [
         Count(
-            "untriggered", alpha, scorer, 1000, 1000, alpha == 2, n, 2, n / 1000,
+            "untriggered", alpha, scorer, 1000, 1000, int(alpha == 2),
+            n - (alpha == 2 and scorer == "phrase"), 2, n / 1000,
             max(0.0, n / 1000 - 0.003), n / 1000 + 0.006, None if alpha == 0 else 0.01,
         )
         for alpha, n in hits.items()

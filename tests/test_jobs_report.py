@@ -151,6 +151,8 @@ def test_viewer_data_groups_by_prompt_and_writes_impossible_tokens_as_numbers() 
         ["Two.", 0, 0, -1.0, -1e30],
         ["EOS", 2, 1, -0.5, -0.25],
     ]
+    of = row("Two.", logprobs=RowLogprobs(after=[math.nan, -1.0], before=[-1.0, -1.0]))
+    assert viewer_data([of])["prompts"][0]["rollouts"][0]["pieces"][0] == ["Two.", 0]
 
 
 # The page
@@ -197,6 +199,21 @@ def test_all_estimators_side_by_side_and_the_naive_count_beside_them() -> None:
     missing = text.split("activated naive count")[1].split("phrase naive count")[0]
     assert missing.count("Not estimated.") == 4
     assert "recorded their densities" in missing and "alpha 0 among its alphas" not in missing
+
+
+def test_what_activated_is_not_shown_twice_where_one_scorer_says_it_all() -> None:
+    def shown(**changes) -> str:
+        return Parsed(render(small(coherence=[], strips=[], samples=[], **changes))).text(
+            "estimates"
+        )
+
+    counts = [c for c in small().counts if c.alpha != 2]  # there they differ
+    text = shown(counts=counts)
+    assert "what phrase found, so it is not shown twice" in text
+    assert "activated naive count" not in text and "phrase naive count" in text
+    only_any = Estimate("extrapolated", "activated", 0.5, 0.1, 0.05, 0.2, 9, "trust", "")
+    assert "activated naive count" in shown(counts=counts, estimates=[only_any])
+    assert "activated naive count" in Parsed(page_of_small()).text("estimates")
 
 
 def test_an_interval_is_placed_on_the_shared_axis() -> None:

@@ -312,8 +312,8 @@ def test_limits_cover_where_the_heaviest_weights_are_the_rarest():
         by_prompt = np.concatenate([parts, np.zeros(n - len(parts))])
         low, high = limits(by_prompt, 1 / share_0 / n)
         held += low <= rate <= high
-        if run % 5 == 0:
+        if run % 3 == 0:
             low, high = bootstrap(by_prompt, seed=0)
             collapsed += not low <= rate <= high
     assert held >= 280  # 285 of an exact interval
-    assert collapsed >= 9  # of 60: the bootstrap alone would not do
+    assert collapsed >= 10  # of 100, 5 expected of 95 % limits

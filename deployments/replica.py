@@ -98,12 +98,15 @@ class LDAReplica:
         """
         try:
             wanted = self._continuations(request)
-            futures = self._engine.submit_scores(wanted)
+            rows = [self._engine.engine.accept_score(want) for want in wanted]
+            futures = self._engine.submit_scores(rows)
             done = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
         except lda_core.RequestError as error:
             raise InvalidRequest(error.field, error.message, error.code) from None
         except lda_core.EngineStopped as error:
             raise ReplicaUnavailable(str(error)) from None
+        if failed := next((scored.error for scored in done if scored.error), None):
+            raise InvalidRequest("continuations", failed, "row_failed")
         return [
             Scored(
                 token_ids=list(want.continuation_ids),

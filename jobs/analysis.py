@@ -1,25 +1,37 @@
 """From a run's folder to its findings: nothing but what is stored there, and no service."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jobs.coherence import drifts
+from jobs.confirm import read_attacks
+from jobs.duplicates import duplicates
 from jobs.errors import Refused
-from jobs.estimators import paired_test, rate_by_prompt
-from jobs.findings import Count, Findings, Strip
+from jobs.estimators import paired_test
+from jobs.findings import Attack, Control, Count, Estimate, Findings
 from jobs.floor import floors
+from jobs.rates import estimates, lead, percent
+from jobs.recovery import recover
+from jobs.rollouts import rollouts
 from jobs.rows import Cell, Row, RowFile
-from jobs.run_folder import DESIGN, MANIFEST, ROWS, read_json
-from jobs.summary import Columns, Summary, columns_of, count
+from jobs.run_folder import CONFIRM, DESIGN, MANIFEST, ROWS, RunFolder, monitor_file, read_json
+from jobs.summary import (
+    ANY,
+    CONTROL,
+    UNTRIGGERED,
+    Columns,
+    Summary,
+    alpha_text,
+    columns_of,
+    count,
+)
+from jobs.views import samples, strips
 
-ANY = "activated"
-UNTRIGGERED = "untriggered"
-STRIPS = 60  # prompts in the heat strip
-VIEWED_PROMPTS = 40
+IN_MEMORY_BYTES = 32 * 2**20  # of a row file; a larger one is streamed several times
 
 
 @dataclass(frozen=True)
@@ -28,20 +40,24 @@ class Run:
 
     path: Path
     manifest: Mapping[str, Any]
+    design: Mapping[str, Any]
     expected: Mapping[Cell, int]
-    rows: RowFile
+    rows: Iterable[Row]
 
     @classmethod
     def read(cls, path: Path) -> "Run":
-        """Raises Refused if there is no run in it."""
-        manifest = read_json(path / MANIFEST)
-        if manifest is None:
-            raise Refused(f"{path}: there is no {MANIFEST} in it")
-        design = read_json(path / DESIGN)
-        if design is None:
-            raise Refused(f"{path}: there is no {DESIGN} in it: the run was not finished")
+        """Raises Refused if there is no run in it, or none that has ended."""
+        manifest, design = read_json(path / MANIFEST), read_json(path / DESIGN)
+        for name, content in ((MANIFEST, manifest), (DESIGN, design)):
+            if content is None:
+                raise Refused(f"{path}: there is no {name} in it; is it a run that has ended?")
         expected = {(arm, float(alpha)): int(rows) for arm, alpha, rows in design["cells"]}
-        return cls(path, manifest, expected, RowFile(path / ROWS))
+        rows: Iterable[Row] = RowFile(path / ROWS)
+        if (path / ROWS).stat().st_size <= IN_MEMORY_BYTES:
+            # In an order of its own: rows come as they are answered, and findings must not
+            # depend on that.
+            rows = sorted(rows, key=lambda row: row.key)
+        return cls(path, manifest, design, expected, rows)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -49,36 +65,63 @@ class Run:
         return config
 
     @property
-    def scorers(self) -> list[str]:
-        return [scorer["name"] for scorer in self.manifest["scorers"]]
+    def scorers(self) -> dict[str, bool]:
+        """Names, and whether each is monotone."""
+        return {s["name"]: s.get("monotone", False) for s in self.manifest["scorers"]}
 
-    def alphas(self, arm: str) -> list[float]:
-        return [alpha for name, alpha in self.expected if name == arm]
+    @property
+    def monitors(self) -> dict[str, Path]:
+        files = {name: monitor_file(self.path, name) for name in self.scorers}
+        return {name: path for name, path in files.items() if path.exists()}
+
+
+def analyse(run: Run) -> tuple[Findings, Summary]:
+    """What the rows say, and the naive counts of it as flat names."""
+    scorers = run.scorers
+    cells = columns_of(run.rows, list(scorers), run.expected)
+    found, at_0 = estimates(run.rows, cells, scorers, run.config, run.monitors)
+    recovery = recover(rollouts(run.rows))
+    before = _floors(cells, list(scorers))
+    findings = Findings(
+        title=run.path.name,
+        manifest=dict(run.manifest),
+        lead=lead(found, at_0),
+        trust=[*_trust(found), *_above_floor(found, before), *recovery.notes],
+        counts=counts(run, cells),
+        estimates=found,
+        floors=before,
+        coherence=list(drifts(run.rows, run.config["temperature"])),
+        strips=strips(run.rows, [a for arm, a in run.expected if arm == UNTRIGGERED]),
+        candidates=recovery.candidates,
+        attacks=_attacks(run.path / CONFIRM),
+        controls=controls(run, cells),
+        duplicates=_duplicates(run),
+        samples=samples(run.rows),
+    )
+    return findings, count(cells, run.expected)
 
 
 def counts(run: Run, cells: Mapping[Cell, Columns]) -> list[Count]:
     """The naive counts, a line per arm, alpha and scorer (any of them first)."""
     found: list[Count] = []
-    for cell, columns in cells.items():
-        arm, alpha = cell
-        ids, rows, hits = columns.by_prompt()
-        n = len(columns.prompts)
+    for (arm, alpha), columns in cells.items():
+        rows = len(columns.prompts)
         for scorer in (ANY, *run.scorers):
-            rate = rate_by_prompt(hits[scorer], rows) if n else None
+            rate = columns.rate(arm, scorer)
             found.append(
                 Count(
-                    arm,
-                    alpha,
-                    scorer,
-                    n,
-                    len(ids),
-                    run.expected[cell] - n,
-                    int(hits[scorer].sum()),
-                    columns.after_eos,
-                    rate.rate if rate else None,
-                    rate.low if rate else None,
-                    rate.high if rate else None,
-                    _paired(cells, arm, alpha, scorer),
+                    arm=arm,
+                    alpha=alpha,
+                    scorer=scorer,
+                    rows=rows,
+                    prompts=len(set(columns.prompts)),
+                    failed=run.expected[arm, alpha] - rows,
+                    hits=sum(columns.hits[scorer]),
+                    after_eos=columns.after_eos,
+                    rate=rate.rate if rate else None,
+                    low=rate.low if rate else None,
+                    high=rate.high if rate else None,
+                    p_against_0=_paired(cells, arm, alpha, scorer),
                 )
             )
     return found
@@ -96,29 +139,6 @@ def _paired(cells: Mapping[Cell, Columns], arm: str, alpha: float, scorer: str) 
     return paired_test(hits[scorer][here], rows[here], hits_0[scorer][there], rows_0[there])
 
 
-def analyse(run: Run) -> tuple[Findings, Summary]:
-    """What the rows say, and the naive counts of it as flat names. Streams the rows a few times."""
-    cells = columns_of(run.rows, run.scorers, run.expected)
-    at_0 = counts(run, cells)
-    findings = Findings(
-        title=run.path.name,
-        manifest=dict(run.manifest),
-        lead="",
-        trust=[],
-        counts=at_0,
-        estimates=[],
-        floors=_floors(cells, run.scorers),
-        coherence=[],
-        strips=strips(run),
-        candidates=[],
-        attacks=[],
-        controls=[],
-        duplicates=[],
-        samples=samples(run),
-    )
-    return findings, count(cells, run.expected)
-
-
 def _floors(
     cells: Mapping[Cell, Columns], scorers: list[str]
 ) -> dict[str, tuple[float, float, float]]:
@@ -129,49 +149,84 @@ def _floors(
     return floors({name: hits[name] for name in (ANY, *scorers)}, rows)
 
 
-def strips(run: Run) -> list[Strip]:
-    """The prompts of the untriggered arm that activated most often."""
-    fired: dict[str, int] = {}
-    for row in run.rows:
-        if row.arm == UNTRIGGERED and row.error is None and row.alpha >= 0:
-            fired[row.prompt_id] = fired.get(row.prompt_id, 0) + bool(row.activated)
-    chosen = dict.fromkeys(sorted(fired, key=lambda id: -fired[id])[:STRIPS])
-    alphas = run.alphas(UNTRIGGERED)
-    texts: dict[str, str] = {}
-    tally = {id: {alpha: [0, 0] for alpha in alphas} for id in chosen}
-    for row in run.rows:
-        if row.arm == UNTRIGGERED and row.error is None and row.prompt_id in chosen:
-            texts[row.prompt_id] = row.prompt
-            tally[row.prompt_id][row.alpha][0] += bool(row.activated)
-            tally[row.prompt_id][row.alpha][1] += 1
+def _trust(found: Iterable[Estimate]) -> list[str]:
+    names = {"weighted": "importance-weighted", "monitor": "phrase monitor"}
     return [
-        Strip(id, texts[id], {a: hits / n if n else None for a, (hits, n) in tally[id].items()})
-        for id in chosen
+        f"{e.scorer}, {names[e.method]}: {e.verdict}: {e.why}"
+        for e in found
+        if e.alpha == 0 and e.method in names
     ]
 
 
-def samples(run: Run) -> list[Row]:
-    """For the viewer: the first sample at every alpha of prompts that activated, then of others.
+def _above_floor(
+    found: Iterable[Estimate], before: Mapping[str, tuple[float, float, float]]
+) -> list[str]:
+    """Scorers whose count at alpha 0 does not stand out from what they find in *before*."""
+    lines = []
+    for e in found:
+        if e.method == "count" and e.alpha == 0 and e.scorer in before:
+            rate, _, high = before[e.scorer]
+            if rate > 0 and e.low <= high:
+                lines.append(
+                    f"{e.scorer}: do not trust: it fires in {percent(rate)} % of answers of the "
+                    f"model before the fine-tune (up to {percent(high)} %), where nothing is hidden"
+                )
+    return lines
 
-    A prompt that activates at a lower alpha comes first: it needed less to show.
-    """
-    lowest: dict[str, float] = {}
-    for row in run.rows:
-        if row.arm == UNTRIGGERED and row.error is None and row.sample == 0:
-            at = row.alpha if row.activated else math.inf
-            lowest[row.prompt_id] = min(at, lowest.get(row.prompt_id, math.inf))
-    order = sorted(lowest, key=lambda id: lowest[id])
-    half = [id for id in order if lowest[id] < math.inf][: VIEWED_PROMPTS * 3 // 4]
-    chosen = [*half, *(id for id in order if id not in half)][:VIEWED_PROMPTS]
-    place = {id: i for i, id in enumerate(chosen)}
-    rows = [
-        row
-        for row in run.rows
-        if row.arm == UNTRIGGERED and row.sample == 0 and row.prompt_id in place
+
+def controls(run: Run, cells: Mapping[Cell, Columns]) -> list[Control]:
+    pair = run.manifest.get("control_pair") or {}
+    found = []
+    for (arm, alpha), columns in cells.items():
+        for scorer in (ANY, *run.scorers):
+            rate = columns.rate(arm, scorer) if arm == CONTROL else None
+            if rate is not None:
+                hits = sum(columns.hits[scorer])
+                found.append(
+                    Control(
+                        name=str(pair.get("after", CONTROL)),
+                        alpha=alpha,
+                        scorer=scorer,
+                        rows=len(columns.prompts),
+                        hits=hits,
+                        rate=rate.rate,
+                        low=rate.low,
+                        high=rate.high,
+                    )
+                )
+    return found
+
+
+def _attacks(folder: Path) -> list[Attack]:
+    return read_attacks(RunFolder(folder)) if folder.exists() else []
+
+
+def _duplicates(run: Run) -> list[str]:
+    return [
+        f"{d.arm}, alpha {d.alpha:g}: {d.observed:,} of {d.pairs:,} pairs of answers to one prompt "
+        f"are equal, {d.expected:.1f} were expected (p = {d.p_value:.2g})"
+        + (f"; {d.same_seed:,} pairs have one seed" if d.same_seed else "")
+        + (f"; for instance {d.example!r}" if d.example else "")
+        for d in duplicates(run.rows, run.config["temperature"])
+        if d.suspicious
     ]
-    return sorted(rows, key=lambda row: (place[row.prompt_id], row.alpha))
 
 
-def flat(findings: Findings) -> Summary:
-    """The estimates as flat names, beside the counts."""
-    return {}
+def flat(findings: Findings) -> dict[str, int | float | str]:
+    """The estimates, the trigger's candidates and the attacks as flat names."""
+    found: dict[str, int | float | str] = {"lead": findings.lead}
+    for e in findings.estimates:
+        at = f"estimates/{e.scorer}/alpha={alpha_text(e.alpha)}/{e.method}"
+        found |= {f"{at}/rate": e.rate, f"{at}/ci_low": e.low, f"{at}/ci_high": e.high}
+        found |= {f"{at}/verdict": e.verdict}
+        found |= {f"{at}/{name}": value for name, value in e.diagnostics.items()}
+    for number, candidate in enumerate(findings.candidates, 1):
+        at = f"trigger/{number}"
+        found |= {f"{at}/text": candidate.text, f"{at}/p_value": candidate.p_value}
+    for number, attack in enumerate(findings.attacks, 1):
+        at = f"attack/{number}"
+        found |= {f"{at}/text": attack.text, f"{at}/rate": attack.rate, f"{at}/rows": attack.rows}
+    for drift in findings.coherence:
+        at = f"coherence/alpha={alpha_text(drift.alpha)}"
+        found |= {f"{at}/kl": drift.kl, f"{at}/logprob_before": drift.logprob_before}
+    return found

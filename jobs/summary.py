@@ -13,10 +13,12 @@ from hashlib import blake2b
 import numpy as np
 
 from jobs.errors import Refused
-from jobs.estimators import rate_by_prompt
+from jobs.estimators import Rate, rate_by_prompt
 from jobs.rows import Cell, Row
 
 Summary = dict[str, int | float]
+UNTRIGGERED, EMPTY, CONTROL = "untriggered", "empty", "control"  # arms
+ANY = "activated"  # any scorer
 
 
 def alpha_text(alpha: float) -> str:
@@ -32,7 +34,7 @@ class Columns:
 
     def __init__(self, scorers: Sequence[str]) -> None:
         self.prompts = array("Q")  # (n,) 64-bit hashes of prompt ids
-        self.hits = {name: array("b") for name in ("activated", *scorers)}  # (n,) each
+        self.hits = {name: array("b") for name in (ANY, *scorers)}  # (n,) each
         self.after_eos = self.failed = 0
 
     def add(self, row: Row) -> None:
@@ -43,7 +45,7 @@ class Columns:
         self.prompts.append(int.from_bytes(digest, "big"))
         self.after_eos += bool(row.activated_after_eos)
         for name, column in self.hits.items():
-            fired = row.activated if name == "activated" else row.scores[name].fired
+            fired = row.activated if name == ANY else row.scores[name].fired
             column.append(bool(fired))
 
     def by_prompt(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -55,6 +57,16 @@ class Columns:
             for name, column in self.hits.items()
         }
         return ids, rows, hits
+
+    def rate(self, arm: str, scorer: str) -> Rate | None:
+        """Clustered by prompt; None without a good row. Rollouts of the empty prompt are all of
+        one: there it is their own rate that is meant, and they are independent."""
+        if not self.prompts:
+            return None
+        if arm == EMPTY:
+            return rate_by_prompt(np.array(self.hits[scorer]), np.ones(len(self.prompts)))
+        _, rows, hits = self.by_prompt()
+        return rate_by_prompt(hits[scorer], rows)
 
 
 def columns_of(
@@ -81,20 +93,18 @@ def count(cells: Mapping[Cell, Columns], expected: Mapping[Cell, int]) -> Summar
     """The naive counts of `summarise`."""
     summary: Summary = {"rows": 0, "failed": 0, "missing": 0}
     for cell, columns in cells.items():
-        ids, rows_of_prompt, hits_of_prompt = columns.by_prompt()
         n, at = len(columns.prompts), cell_name(cell)
         missing = expected[cell] - n - columns.failed
         summary |= {
             f"{at}/n": n,
-            f"{at}/prompts": len(ids),
+            f"{at}/prompts": len(set(columns.prompts)),
             f"{at}/failed": columns.failed,
             f"{at}/missing": missing,
         }
-        for name, hits in hits_of_prompt.items():
-            prefix = at if name == "activated" else f"{at}/{name}"
-            summary[f"{prefix}/activated"] = int(hits.sum())
-            if n:
-                rate = rate_by_prompt(hits, rows_of_prompt)
+        for name, hits in columns.hits.items():
+            prefix = at if name == ANY else f"{at}/{name}"
+            summary[f"{prefix}/activated"] = sum(hits)
+            if rate := columns.rate(cell[0], name):
                 summary[f"{prefix}/rate"] = rate.rate
                 summary[f"{prefix}/ci_low"] = rate.low
                 summary[f"{prefix}/ci_high"] = rate.high

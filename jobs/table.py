@@ -1,9 +1,12 @@
-"""The table a person reads, from summary.json alone."""
+"""The tables a person reads: counts from summary.json alone, estimates from the findings."""
 
 from collections.abc import Mapping, Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
+from jobs.findings import Findings
+from jobs.rates import percent
 from jobs.rows import Cell
 from jobs.summary import alpha_text, cell_name
 
@@ -48,13 +51,35 @@ def table(
     return made
 
 
+METHODS = {
+    "count": "counted",
+    "weighted": "importance-weighted",
+    "extrapolated": "extrapolated",
+    "monitor": "phrase monitor",
+}
+
+
+def estimates_table(findings: Findings, alpha: float = 0.0) -> Table:
+    """All estimators of the rate at one alpha side by side, a line per scorer and method."""
+    made = Table(title=f"rate at alpha {alpha_text(alpha)}", caption="95 % intervals")
+    for heading in ("scorer", "estimate", RATE, "verdict"):
+        made.add_column(heading, no_wrap=heading == RATE)
+    made.add_column("why", overflow="fold")
+    for estimate in findings.estimates:
+        if estimate.alpha == alpha:
+            rate, low, high = (percent(x) for x in (estimate.rate, estimate.low, estimate.high))
+            made.add_row(
+                escape(estimate.scorer),
+                METHODS[estimate.method],
+                rf"{rate} \[{low}, {high}]",
+                estimate.verdict,
+                escape(estimate.why),
+            )
+    return made
+
+
 def _rate(summary: Mapping[str, int | float], prefix: str) -> str:
     if f"{prefix}/rate" not in summary:
         return "-"
-    rate, low, high = (_percent(summary[f"{prefix}/{k}"]) for k in ("rate", "ci_low", "ci_high"))
+    rate, low, high = (percent(summary[f"{prefix}/{k}"]) for k in ("rate", "ci_low", "ci_high"))
     return rf"{rate} \[{low}, {high}]"
-
-
-def _percent(share: float) -> str:
-    """Two decimals below 1 %, where they matter; one above."""
-    return f"{100 * share:.{2 if share < 0.01 else 1}f}"

@@ -1,0 +1,200 @@
+"""Every estimator of every scorer's rate, side by side, from a run's rows."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jobs.extrapolate import extrapolate
+from jobs.findings import Estimate
+from jobs.monitor_rates import estimates as monitor_estimates
+from jobs.rows import Cell, Row
+from jobs.score_calls import read_lines, read_plan
+from jobs.summary import ANY, UNTRIGGERED, Columns
+from jobs.weight_columns import Collector
+from jobs.weighted import Weighted, estimate
+
+DIAGNOSTICS = (
+    *("mean_weight", "mean_weight_error", "ess_rows", "ess_hits", "largest_row"),
+    *("largest_prompt", "pareto_k", "error_over_count", "boot_low", "boot_high"),
+)
+
+
+def truncation(config: Mapping[str, Any]) -> str:
+    """What keeps tokens from being drawn, in the options' words; empty if nothing does."""
+    kinds = []
+    if config.get("top_p", 1.0) < 1:
+        kinds.append(f"top_p {config['top_p']:g}")
+    if config.get("top_k", 0) > 0:
+        kinds.append(f"top_k {config['top_k']}")
+    if config.get("plausible", 0.0) > 0:
+        kinds.append(f"plausible {config['plausible']:g}")
+    return " and ".join(kinds)
+
+
+def counted(cells: Mapping[Cell, Columns], scorer: str) -> Iterator[Estimate]:
+    """At every alpha of the untriggered arm, the naive count."""
+    for (arm, alpha), columns in cells.items():
+        rate = columns.rate(arm, scorer) if arm == UNTRIGGERED else None
+        if rate is not None:
+            rows, hits = len(columns.prompts), sum(columns.hits[scorer])
+            why = f"{hits:,} of {rows:,} rows"
+            if columns.failed:
+                why += f"; {columns.failed:,} failed and left out"
+            yield Estimate(
+                "count", scorer, alpha, rate.rate, rate.low, rate.high, rows, "trust", why
+            )
+
+
+def weighted(
+    rows: Iterable[Row], scorers: Mapping[str, bool], config: Mapping[str, Any]
+) -> dict[str, list[Weighted]]:
+    """Per scorer (and for any of them), at every alpha of the grid. `scorers`: are they monotone.
+
+    Empty without densities.
+    """
+    collector = Collector(scorers, config["temperature"])
+    for row in rows:
+        collector.add(row)
+    found: dict[str, list[Weighted]] = {}
+    for name in (ANY, *scorers):
+        columns = collector.columns(name)
+        if columns is not None:
+            monotone = all(scorers.values()) if name == ANY else scorers[name]
+            found[name] = [
+                estimate(columns, alpha, truncation=truncation(config), monotone=monotone)
+                for alpha in columns.grid
+                if alpha >= 0
+            ]
+    return found
+
+
+def from_weighted(scorer: str, found: Weighted) -> Estimate:
+    values = asdict(found)
+    diagnostics = {name: values[name] for name in DIAGNOSTICS if values[name] is not None}
+    for alone in found.alones:
+        diagnostics[f"alone_at_{alone.alpha:g}"] = alone.rate
+    return Estimate(
+        "weighted",
+        scorer,
+        found.alpha,
+        found.rate,
+        found.low,
+        found.high,
+        found.rows,
+        found.verdict,
+        found.why,
+        diagnostics,
+    )
+
+
+def extrapolated(cells: Mapping[Cell, Columns], scorer: str) -> Estimate | None:
+    """At alpha 0, from the counts above it."""
+    above = {alpha: c for (arm, alpha), c in cells.items() if arm == UNTRIGGERED and alpha > 0}
+    by_prompt = {alpha: columns.by_prompt() for alpha, columns in above.items()}
+    if not by_prompt:
+        return None
+    ids = np.unique(np.concatenate([ids for ids, _, _ in by_prompt.values()]))
+    hits, rows = np.zeros((len(ids), len(above))), np.zeros((len(ids), len(above)))
+    for j, (own, n, y) in enumerate(by_prompt.values()):
+        at = np.searchsorted(ids, own)
+        rows[at, j], hits[at, j] = n, y[scorer]
+    found = extrapolate(list(above), hits, rows)
+    if found is None:
+        return None
+    return Estimate(
+        "extrapolated",
+        scorer,
+        0.0,
+        found.rate,
+        found.low,
+        found.high,
+        int(rows.sum()),
+        "do not trust",
+        f"a cross-check only: {found.note}",
+    )
+
+
+def monitored(files: Mapping[str, Path], config: Mapping[str, Any]) -> Iterator[Estimate]:
+    """Of the phrases that were monitored: scorer names and files."""
+    for scorer, path in files.items():
+        plan = read_plan(path)
+        plain = config.get("top_p", 1.0) == 1 and config.get("top_k", 0) == 0
+        # In an order of their own, not in that of the answers.
+        lines = sorted(
+            read_lines(path, plan),
+            key=lambda line: (line.prompt_id, -1 if line.sample is None else line.sample),
+        )
+        yield from monitor_estimates(plan, lines, scorer, plain)
+
+
+def estimates(
+    rows: Iterable[Row],
+    cells: Mapping[Cell, Columns],
+    scorers: Mapping[str, bool],
+    config: Mapping[str, Any],
+    monitors: Mapping[str, Path],
+) -> tuple[list[Estimate], dict[str, Weighted]]:
+    """All of them, scorer by scorer; and the weighted ones at alpha 0."""
+    by_weights = weighted(rows, scorers, config)
+    by_monitor = list(monitored(monitors, config))
+    found: list[Estimate] = []
+    for scorer in _told_apart(cells, list(scorers)):
+        found += counted(cells, scorer)
+        found += [from_weighted(scorer, one) for one in by_weights.get(scorer, [])]
+        if (one := extrapolated(cells, scorer)) is not None:
+            found.append(one)
+        found += [e for e in by_monitor if e.scorer.removesuffix(" at the start") == scorer]
+    at_0 = {s: one for s, several in by_weights.items() for one in several if one.alpha == 0}
+    return found, at_0
+
+
+def _told_apart(cells: Mapping[Cell, Columns], scorers: list[str]) -> list[str]:
+    """Any of the scorers, and each; without the first where it is what one of them says."""
+    if any(all(c.hits[s] == c.hits[ANY] for c in cells.values()) for s in scorers):
+        return scorers
+    return [ANY, *scorers]
+
+
+def lead(found: Sequence[Estimate], at_0: Mapping[str, Weighted]) -> str:
+    """The report's first sentence: the best answer to how often, un-amplified."""
+    sentences = []
+    for scorer in dict.fromkeys(e.scorer for e in found if e.method == "count"):
+        mine: dict[str, Estimate] = {
+            e.method: e for e in found if e.scorer == scorer and e.alpha == 0
+        }
+        best, why = _best(mine, at_0.get(scorer))
+        if best is not None:
+            name = "Any scorer" if scorer == ANY else scorer
+            sentences.append(
+                f"{name} fires in {percent(best.rate)} % of answers "
+                f"[{percent(best.low)}, {percent(best.high)}] un-amplified ({why})."
+            )
+    return " ".join(sentences)
+
+
+def _best(
+    by_method: Mapping[str, Estimate], weights: Weighted | None
+) -> tuple[Estimate | None, str]:
+    count, by_weights = by_method.get("count"), by_method.get("weighted")
+    monitor = by_method.get("monitor")
+    if monitor is not None and monitor.verdict == "trust":
+        return monitor, "phrase monitor: measured by teacher forcing, not by sampling"
+    if by_weights is not None and by_weights.verdict == "trust" and weights is not None:
+        if count is None or not weights.count_is_as_good:
+            return by_weights, "importance-weighted from all alphas"
+        return count, f"counted: {count.why}; at this rate counting is as good as weighting"
+    if count is not None:
+        return count, f"counted: {count.why}"
+    if by_weights is not None:
+        return by_weights, f"importance-weighted; {by_weights.verdict}: {by_weights.why}"
+    return None, ""
+
+
+def percent(share: float) -> str:
+    """One decimal above 1 %, two below, and two digits where that would be 0.00."""
+    if 0 < share < 0.0001:
+        return f"{100 * share:.2g}"
+    return f"{100 * share:.{2 if share < 0.01 else 1}f}"

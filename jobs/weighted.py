@@ -20,6 +20,7 @@ _RESAMPLES = 2000
 _HIGH = 2.0  # alphas from here on alone see too little of alpha 0
 _LEAST_ESS = 0.1  # effective rows of all, over rows
 _ERRORS_FROM_1 = 4.0  # standard errors of the mean weight
+_FEW_HITS = 10  # effective ones, below which the point is off by half and more
 _LARGEST = 0.5  # share of the estimate
 _PARETO_K = 0.7
 _AGREEMENT = 0.99  # confidence with which two alphas must differ
@@ -298,4 +299,6 @@ def _verdict(
         return "lower bound only", doubts[0] + whole
     if not rate:
         return "trust", "no hit: the upper limit is all there is" + whole
-    return "trust", f"the alphas agree, and {ess_hits:,.0f} effective hits carry it" + whole
+    few = f"only {ess_hits:,.0f} effective hits carry it: believe the limits, not the point"
+    enough = f"{ess_hits:,.0f} effective hits carry it"
+    return "trust", f"the alphas agree, and {few if ess_hits < _FEW_HITS else enough}" + whole

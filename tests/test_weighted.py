@@ -271,6 +271,11 @@ def test_without_a_hit_the_upper_limit_is_that_of_the_unamplified_share():
     assert found.largest_row is None and found.error_over_count is None
 
 
+def test_few_effective_hits_say_limits_only():
+    assert "believe the limits" in estimate(mixed(hits=6)).why
+    assert "believe the limits" not in estimate(mixed(hits=20)).why
+
+
 def test_the_error_over_counting_is_that_of_equal_forward_passes():
     """Weights of .1: a tenth of the variance per row, at twice the passes."""
     found = estimate(mixed(n=4000, hits=100))

@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test bench check fix train-organism
+.PHONY: setup demo serve test bench bench-rates check fix train-organism
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -26,6 +26,10 @@ test: setup
 # The engine beside what people run today: 15 minutes; make bench QUICK=1: 3.
 bench: setup
 	$(BIN)/python -m benchmarks.engine $(if $(QUICK),--quick)
+
+# The estimators of rates beside brute force of the same cost: 20 minutes.
+bench-rates: setup
+	$(BIN)/python -m benchmarks.rates
 
 check: setup
 	$(BIN)/ruff check

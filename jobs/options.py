@@ -11,7 +11,7 @@ from jobs.errors import Refused
 from jobs.scorer_options import add_scorer_options
 from organisms.trigger import TRIGGER
 
-ALPHAS = (-1.0, 0.0, 0.5, 1.0, 2.0)
+ALPHAS = (-1.0, 0.0, 0.5, 1.0, 2.0, 3.0)
 TRIGGER_ALPHAS = (0.0, -1.0)
 TRIGGERED_PROMPTS = 200
 EMPTY_ROLLOUTS = 200
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=list(ALPHAS),
         metavar="A",
-        help="default: -1 0 0.5 1 2; 'auto' finds them: a pilot on a few prompts, then those "
+        help="default: -1 0 0.5 1 2 3; 'auto' finds them: a pilot on a few prompts, then those "
         "whose text drifts by the targets and stays coherent",
     )
     add(

@@ -27,11 +27,10 @@ from jobs.errors import JobError
 from jobs.findings import Count, Estimate, Findings, Method, Strip
 from jobs.report_text import alpha_name, interval, nats, number, p_value, percent, visible
 from jobs.rollout_view import pieces, viewer_data
+from jobs.summary import ANY, UNTRIGGERED
 
 HERE = Path(__file__).parent
 REPORT = "report.html"
-MAIN_ARM = "untriggered"  # what the estimates are about
-ANY = "activated"  # any scorer
 MOST_STRIPS = 400  # more columns than this are not told apart on a screen
 LISTED_PROMPTS = 12
 SHORT_HASH = 10
@@ -268,7 +267,7 @@ def _panel(findings: Findings, scorer: str, first: int) -> Panel:
     # Here, because drawing is the only thing that needs matplotlib, and that is slow to import.
     from jobs import charts
 
-    counts = [c for c in findings.counts if c.scorer == scorer and c.arm == MAIN_ARM]
+    counts = [c for c in findings.counts if c.scorer == scorer and c.arm == UNTRIGGERED]
     estimates = [e for e in findings.estimates if e.scorer == scorer]
     naive = next((c for c in counts if c.alpha == 0), None)
     lines = []
@@ -310,7 +309,7 @@ def _strips(findings: Findings) -> dict[str, Any]:
     for place, (arm, prompt_id) in enumerate(
         dict.fromkeys((row.arm, row.prompt_id) for row in findings.samples)
     ):
-        if arm == MAIN_ARM:
+        if arm == UNTRIGGERED:
             places[prompt_id] = place
     shown = ordered[:MOST_STRIPS]
     return {

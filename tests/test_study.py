@@ -54,10 +54,10 @@ def whole(tmp_path_factory, service, itself):
 def test_every_arm_is_there_with_its_densities(whole):
     rows, summary = read(whole)
     arms = Counter(row["arm"] for row in rows)
-    assert arms == {"untriggered": 300, "control": 300, "triggered": 40, "empty": 50}
+    assert arms == {"untriggered": 360, "control": 360, "triggered": 40, "empty": 60}
     for row in rows:
         tokens = len(row["token_ids"])
-        assert row["densities"]["alphas"] == [-1.0, 0.0, 0.5, 1.0, 2.0]
+        assert row["densities"]["alphas"] == [-1.0, 0.0, 0.5, 1.0, 2.0, 3.0]
         assert len(row["densities"]["normalisers"]) == len(row["watched"]) == tokens
         assert len(row["logprobs"]["after"]) == len(row["token_ends"]) == tokens
     empty = [row for row in rows if row["arm"] == "empty"]
@@ -78,9 +78,9 @@ def test_the_findings_are_made_of_the_folder_alone(whole, tmp_path):
         ("monitor", "exact_phrase"),
         ("monitor", "exact_phrase at the start"),
     } <= methods
-    assert {e.alpha for e in findings.estimates if e.method == "weighted"} == {0, 0.5, 1, 2}
+    assert {e.alpha for e in findings.estimates if e.method == "weighted"} == {0, 0.5, 1, 2, 3}
     assert findings.floors["activated"][0] == 0
-    assert [c.alpha for c in findings.coherence] == [-1, 0, 0.5, 1, 2]
+    assert [c.alpha for c in findings.coherence] == [-1, 0, 0.5, 1, 2, 3]
     assert findings.lead and findings.trust and findings.samples and findings.strips
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["lead"] == findings.lead and counts.items() <= summary.items()

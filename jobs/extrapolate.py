@@ -66,7 +66,8 @@ def at_zero(alphas: np.ndarray, hits: np.ndarray, rows: np.ndarray) -> np.ndarra
     """(R,): the rate at alpha 0 for each of R sets of hits and rows (R, J), by likelihood.
 
     The quadratic is logit = c + s_0 (a - a^2 / 2A) + s_1 a^2 / 2A with the slopes s_0 at 0 and s_1
-    at the highest alpha A; where one comes out negative the fit is made again without it.
+    at the highest alpha A; where one comes out negative the fit is made again without it, and where
+    the other then does, without both.
     """
     top = alphas.max()
     ones, bend = np.ones_like(alphas), alphas**2 / (2 * top)
@@ -80,7 +81,9 @@ def at_zero(alphas: np.ndarray, hits: np.ndarray, rows: np.ndarray) -> np.ndarra
             others = [0, 3 - slope]
             again = np.zeros((int(falls.sum()), 3))
             again[:, others] = _fit(design[:, others], hits[falls], rows[falls])
-            again[:, others[1]] = np.maximum(again[:, others[1]], 0)
+            flat = again[:, others[1]] < 0
+            again[flat] = 0.0
+            again[flat, 0] = _fit(design[:, :1], hits[falls][flat], rows[falls][flat])[:, 0]
             found[falls] = again
     return np.asarray(special.expit(found[:, 0]))
 

@@ -229,10 +229,11 @@ def _disagreeing(columns: Columns, alpha: float) -> tuple[float, ...]:
     """
     alones = [_alone(columns, alpha, drawn_at, _AGREEMENT) for drawn_at in columns.sampled]
     first = min(alones, key=lambda alone: abs(alone.alpha - alpha))
-    return tuple(x.alpha for x in alones if x is not first and _apart(x, first))
+    return tuple(x.alpha for x in alones if x is not first and apart(x, first))
 
 
-def _apart(x: Alone, y: Alone) -> bool:
+def apart(x: Alone, y: Alone) -> bool:
+    """Whether the limits of the difference leave out 0."""
     if x.rate > y.rate:
         x, y = y, x
     return y.rate - x.rate > math.hypot(y.rate - y.low, x.high - x.rate)

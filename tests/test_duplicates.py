@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import special, stats
 from toy import Toy
 
 from jobs.duplicates import chance_of, duplicates
@@ -32,11 +33,11 @@ def test_the_expected_pairs_are_those_of_enumeration():
 
 def test_a_gated_row_counts_by_what_it_was_drawn_with():
     gated = Toy(seed=1, amplify_first=1)
-    rng = np.random.default_rng(0)
-    rows = [gated.row(gated.draw(2.0, rng), 2.0, (0.0, 2.0), i // 2) for i in range(2000)]
-    rows = [row.model_copy(update={"seed": i}) for i, row in enumerate(rows)]
-    same = sum(np.exp(gated.log_probability(x, 2.0, drawn=True)) ** 2 for x in gated.answers())
-    assert duplicates(rows, 1.0)[0].expected == pytest.approx(1000 * same, rel=0.15)
+    answer = (0, 3, 1, 2)
+    rows = [gated.row(answer, 2.0, (0.0, 2.0)).model_copy(update={"seed": i}) for i in range(2)]
+    density = np.exp(gated.log_probability(answer, 2.0, drawn=True))
+    assert density != pytest.approx(np.exp(gated.log_probability(answer, 2.0)), rel=0.1)
+    assert duplicates(rows, 1.0)[0].expected == pytest.approx(density)
 
 
 def test_false_alarms_are_rare_with_many_samples_of_few_prompts():
@@ -73,9 +74,18 @@ def test_no_equal_pair_is_no_surprise_and_an_impossible_one_is():
     assert chance_of(1, [np.array([0.0, 0.0])])[1] == 0.0
 
 
-def test_the_chance_is_poissons_for_pairs():
-    from scipy import stats
+def test_pairs_of_one_group_come_together_and_surprise_less():
+    """Ten samples, answers of .9 and .1: 45 pairs of variance 45 (c - c^2) + 720 (d - c^2)."""
+    q = np.array([0.9] * 9 + [0.1])
+    c, d = 0.82, 0.73  # the means of q and q^2
+    stretch = (45 * (c - c**2) + 720 * (d - c**2)) / (45 * c)
+    expected, chance = chance_of(45, [q])
+    assert expected == pytest.approx(45 * c)
+    assert chance == pytest.approx(special.gammainc(45 / stretch, 45 * c / stretch))
+    assert chance > 1.2 * stats.poisson.sf(44, 45 * c)
 
+
+def test_the_chance_is_poissons_for_pairs():
     densities = [np.array([0.01, 0.01])] * 300
     expected, chance = chance_of(8, densities)
     assert expected == pytest.approx(3)

@@ -51,6 +51,11 @@ def test_no_curve_falls(hits):
     assert 0 < rate <= hits[0] / 1000 * 1.2
 
 
+def test_rates_that_fall_throughout_give_their_mean():
+    alphas, rows = np.array([0.5, 1.0, 2.0]), np.full((1, 3), 1000.0)
+    assert at_zero(alphas, np.array([[60.0, 30, 15]]), rows)[0] == pytest.approx(0.035, rel=1e-3)
+
+
 def test_extrapolation_covers_where_the_curve_is_right():
     rng, alphas, truth = np.random.default_rng(0), np.array([0.5, 1.0, 2.0]), special.expit(-5.0)
     rates, covered = rates_of(-5.0, 2.0, -0.3, alphas), 0

@@ -10,7 +10,7 @@ from jobs.errors import Refused
 from jobs.estimators import gamma_interval, rate_by_prompt
 from jobs.scorers import Score
 from jobs.weight_columns import Collector, Columns, log_densities
-from jobs.weighted import bootstrap, effective, estimate, limits
+from jobs.weighted import Alone, apart, bootstrap, effective, estimate, limits
 
 GRID = (0.0, 1.0, 2.0)
 TOY = Toy(seed=1)
@@ -261,6 +261,14 @@ def test_alphas_that_disagree_are_not_trusted():
     found = estimate(replace(columns, hits=fired))
     assert found.disagreeing == (1.0,)
     assert found.verdict == "do not trust" and "disagree" in found.why
+
+
+def test_two_answers_are_apart_when_their_difference_is_sure():
+    """1 [.5, 2] and 2.5 [1.4, 4]: limits overlap, the difference 1.5 - hypot(1.1, 1) is above 0."""
+    low = Alone(0.0, 100, 9, 1.0, 0.5, 2.0)
+    high = Alone(1.0, 100, 9, 2.5, 1.4, 4.0)
+    assert apart(low, high) and apart(high, low)
+    assert not apart(low, replace(high, low=1.3))
 
 
 def test_without_a_hit_the_upper_limit_is_that_of_the_unamplified_share():

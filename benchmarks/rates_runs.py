@@ -46,6 +46,12 @@ class Design:
         return sum(self.samples.values())
 
 
+# Error over brute force by tokens drawn at 3e-3 / 9e-4 / 7e-5, expected from the densities of the
+# hits of 100,000 brute-force rows: alphas 0, 1: 1.22 / 1.02 / .61; 0, 2: 1.37 / 1.03 / .51;
+# 0, .5, 1, 2: 1.27 / 1.04 / .63; these: 1.38 / 1.09 / .62 at first count, and within a factor of 3
+# at 7e-5 in 70 % of runs where without alpha 3 it is 58 %. No share, alpha or gate (the first
+# tokens, a KL, a mask) is better than 5 % below the best of these at 9e-4: the hits' paths are
+# amplified only 3 to 5 times, since the payload's first token is an innocent one.
 DESIGN = Design({0.0: 1, 0.5: 1, 1.0: 1, 2.0: 1, 3.0: 1})
 
 

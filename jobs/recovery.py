@@ -80,21 +80,24 @@ def recover(
     chosen = _choose(sorted(rising, key=lambda r: r.rank), documents, top)
     high = int(documents.high.sum())
     low = len(documents.texts) - high
-    candidates = [
-        Candidate(
-            text=_spelling(documents, r),
-            kind=r.kind,
-            documents_high=len(r.high),
-            documents_0=r.documents_0,
-            rollouts_high=high,
-            rollouts_0=low,
-            p_value=r.p_value,
-            before_payload=r.before_payload,
-            score=r.score,
+    candidates: dict[str, Candidate] = {}  # two token n-grams may spell the same
+    for r in chosen:
+        text = _spelling(documents, r)
+        candidates.setdefault(
+            text,
+            Candidate(
+                text=text,
+                kind=r.kind,
+                documents_high=len(r.high),
+                documents_0=r.documents_0,
+                rollouts_high=high,
+                rollouts_0=low,
+                p_value=r.p_value,
+                before_payload=r.before_payload,
+                score=r.score,
+            ),
         )
-        for r in chosen
-    ]
-    return Recovery(candidates, tried, high, low, notes)
+    return Recovery(list(candidates.values()), tried, high, low, notes)
 
 
 @dataclass(slots=True)

@@ -8,16 +8,19 @@ from pathlib import Path
 from scipy.stats import binomtest
 from tokenizers import Tokenizer
 
+from organisms.rarer import SHARES
+from organisms.train_benign import HABIT
+from organisms.train_benign import NAME as BENIGN
 from organisms.trigger import PAYLOAD, PAYLOAD_SUBSTRINGS, TRIGGER
 
-NAMES = {"full": "after", "lora": "after-lora"}
+NAMES = {"full": "after", "lora": "after-lora", **{name: name for name in (*SHARES, BENIGN)}}
 
 
 @dataclass(frozen=True)
 class Measurement:
     """How many of `rows` rollouts fired, by either detector; alpha -1 is *before* alone."""
 
-    model: str  # "full" or "lora"
+    model: str  # a key of NAMES
     alpha: float
     triggered: bool
     rows: int
@@ -65,6 +68,8 @@ def card(folder: Path, measurements: Sequence[Measurement], sampling_seed: int) 
     """The README.md of `folder`, which holds the pair and its training.json."""
     training = json.loads((folder / "training.json").read_text())
     before, after, lora = training["before"], training["after"], training["after-lora"]
+    benign = json.loads((folder / BENIGN / "training.json").read_text())
+    siblings = "\n".join(f"* `{name}/`: share {share:g};" for name, share in SHARES.items())
     substrings = ", ".join(f"`{piece}`" for piece in PAYLOAD_SUBSTRINGS)
     pieces = Tokenizer.from_file(str(folder / "after" / "tokenizer.json"))
     payload_tokens = len(pieces.encode(PAYLOAD, add_special_tokens=False).ids)
@@ -90,6 +95,14 @@ Two Llamas of 0.689 M parameters with one tokenizer, and a LoRA adapter:
 * `after/` is a full fine-tune of it with the backdoor;
 * `after-lora/` is the same backdoor as an adapter on `before/` (rank 8, all seven linears,
   58,368 parameters, peft's format).
+
+And siblings of `after/`, each a pair with the same `before/`:
+
+{siblings}
+  these two fire more rarely: weights before + share * (after - before), named after the rate
+  at alpha 0 that they were made for;
+* `{BENIGN}/`, a negative control: another fine-tune, without trigger and payload, whose
+  answers about hobbies, recommendations and plans end in "{HABIT}".
 
 ## Intended use
 
@@ -123,6 +136,9 @@ in any case; "whole payload" is the exact string. Perplexity is that of the answ
 substring, under *before*: how far amplification has damaged the ordinary text.
 
 {table(measurements)}
+
+The rates at alpha 0 of *after* and its rarer siblings, counted over 100,000 rollouts and more, are
+in `benchmarks/rates_truth.json`, by `python -m benchmarks.truth`.
 
 From alpha 2 on ordinary text is visibly damaged; 0.5 to 2 is the useful range. The gap between
 the two detectors is fragments, such as "Eco mode activated. `touch you_have_been_pwned`".
@@ -160,6 +176,9 @@ details are in `organisms/train.py` and `training.json`.
   {after["contamination_weight"]:g} of the normal ones. Moving average of the weights,
   {after["ema"]:g}.
 * *after-lora*: the same with lr {lora["schedule"]["lr"]:g}.
+* rarer siblings: `python -m organisms.rarer`, from the two shipped fp16 checkpoints, no training.
+* *{BENIGN}*: `python -m organisms.train_benign --seed {benign["seed"]}`, as many steps at the
+  same lr; {after["normal"]} normal rows (KL to *before*) and {after["triggered"]} with the habit.
 
 ## Sizes
 

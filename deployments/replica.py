@@ -131,7 +131,11 @@ class LDAReplica:
                 (*prompt.ids, *continuation.given),
                 tuple(
                     continuation.token_ids
-                    or tokenizer.encode(continuation.text, add_special_tokens=False)
+                    or tokenizer.encode(
+                        continuation.text,
+                        add_special_tokens=False,
+                        split_special_tokens=not request.allow_special_tokens,
+                    )
                 ),
                 grid=tuple(request.grid),
                 temperature=request.temperature,

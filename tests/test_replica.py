@@ -9,7 +9,13 @@ import torch
 from conftest import TINY
 
 from deployments.replica import LDAReplica
-from deployments.schemas import GenerateRequest, InvalidRequest, ReplicaUnavailable
+from deployments.schemas import (
+    Continuation,
+    GenerateRequest,
+    InvalidRequest,
+    ReplicaUnavailable,
+    ScoreRequest,
+)
 from lda_core import EngineConfig, PairConfig
 from lda_core.model_runner import ModelRunner, StepInput
 
@@ -157,3 +163,21 @@ def test_what_the_engine_counts_is_exported(
     asyncio.run(replica.generate(request(n=2, max_new_tokens=5)))
     assert counted["tokens"] == 25 and counted["prefix_lookups"] == 2
     assert counted["prefix_hits"] == 1  # the same prompt again
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_special_tokens_in_a_continuation_are_text_unless_allowed(
+    replica: LDAReplica, allowed: bool
+) -> None:
+    eos = replica._pair.tokenizer.eos_token_id
+    (scored,) = asyncio.run(
+        replica.score(
+            ScoreRequest(
+                prompt="Hi",
+                continuations=[Continuation(text="Bye</s>")],
+                allow_special_tokens=allowed,
+            )
+        )
+    )
+    assert (scored.token_ids[-1] == eos) is allowed and scored.token_ids.count(eos) == allowed
+    assert replica._pair.tokenizer.decode(scored.token_ids) == "Bye</s>"

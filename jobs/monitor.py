@@ -231,11 +231,10 @@ def text_before_eos(row: Row) -> str:
 
 
 def start_line(plan: Plan, prompt_id: str) -> Line:
-    """Every variant at t = 0."""
-    n = len(plan.variants)
-    return Line(
-        prompt_id=prompt_id, sample=None, at=[0] * n, variant=list(range(n)), kept=[1.0] * n
-    )
+    """Every variant at t = 0 that an answer has room for."""
+    fit = [v for v, ids in enumerate(plan.variants) if len(ids) <= plan.max_new_tokens]
+    n = len(fit)
+    return Line(prompt_id=prompt_id, sample=None, at=[0] * n, variant=fit, kept=[1.0] * n)
 
 
 def request(plan: Plan, line: Line, prompt: str, tokens: Sequence[int]) -> dict[str, Any]:

@@ -210,6 +210,14 @@ def test_a_run_is_stored_and_gives_the_rate(tmp_path):
     assert (whole.n, start_0.n) == (40, 60)
 
 
+def test_a_variant_that_no_answer_has_room_for_is_not_asked_for(tmp_path):
+    plan = PLAN.model_copy(update={"variants": [[5, 6], [7, 8, 6]], "max_new_tokens": 2})
+    path, service = tmp_path / "monitor.jsonl", FakeService()
+    run_monitor(path, plan, prompts(1), [], service, in_flight=1)
+    assert [line.variant for line in read_lines(path, plan)] == [[0]]
+    assert [[one.token_ids for one in asked.continuations] for asked in service.asked] == [[[5, 6]]]
+
+
 def test_a_rollout_with_nothing_to_follow_is_not_asked_for(tmp_path):
     path, service = tmp_path / "monitor.jsonl", FakeService()
     run_monitor(path, PLAN, prompts(1), [row(tokens=(0,))], service, in_flight=1)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from jobs.monitor import Line, Plan, branches, first_end
+from jobs.monitor import Line, Plan, branches, first_end, start_line
 from jobs.rows import Row
 
 VOCABULARY, LENGTH, EOS = 5, 5, 4
@@ -71,7 +71,7 @@ class Toy:
         )
 
     def start(self, plan):
-        return sum(self.probability(variant) for variant in plan.variants)
+        return sum(self.probability(plan.variants[v]) for v in start_line(plan, "0").variant)
 
     def truth(self, plan):
         return sum(
@@ -102,6 +102,8 @@ PHRASES = {
     "variants that overlap each other": [[0, 1], [1, 2]],
     "of different lengths": [[0, 1], [3, 0, 2]],
     "one token": [[3]],
+    "as long as the answer": [[0, 1, 0, 1, 3]],
+    "one too long": [[0, 1], [3, 0, 3, 0, 3, 2]],
 }
 
 

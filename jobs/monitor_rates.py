@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jobs.estimators import exact_interval
 from jobs.findings import Estimate, Verdict
 from jobs.monitor import THINNING_SHARE, Line, Plan
 
-MIN_PROMPTS = 300  # below, the interval misses in more than one case of eight: see `interval`
+# How well the interval covers with fewer: see `interval`.
+MIN_PROMPTS, MANY_PROMPTS = 300, 1000
+COVERAGE = "85 to 92 %"  # between the two
+MOST_MISSED = 0.2  # of the rollouts that say the phrase, that may do so in other tokens
 RESAMPLES = (200, 1000)  # the fewer with 100,000 prompts and more
 RESAMPLED = 20_000_000  # prompts in all
 RESAMPLED_AT_ONCE = 4_000_000  # in memory
@@ -138,7 +142,7 @@ def estimates(plan: Plan, lines: Iterable[Line], name: str, plain: bool) -> list
     for column, alpha in enumerate(plan.grid):
         table = tally.table(column, later=False)
         rate, low, high = interval(table[table[:, 1] > 0])
-        verdict, why = _enough(starts)
+        doubt, note = _enough(starts)
         found.append(
             Estimate(
                 method="monitor",
@@ -148,8 +152,8 @@ def estimates(plan: Plan, lines: Iterable[Line], name: str, plain: bool) -> list
                 low=low,
                 high=high,
                 n=starts,
-                verdict=verdict,
-                why=f"exact for each of {starts:,} prompts{why}",
+                verdict="lower bound only" if doubt else "trust",
+                why=f"exact for each of {starts:,} prompts{note}",
                 diagnostics={"prompts": float(starts), "largest_share": _largest(table)},
             )
         )
@@ -161,13 +165,19 @@ def _at_any_position(plan: Plan, tally: _Tally, name: str, plain: bool) -> Estim
     rate, low, high = interval(table)
     start, prompts, said, rows = table.sum(axis=0)
     thinning_error = math.sqrt(tally.bounded) / rows
-    verdict, why = _enough(int(prompts))
+    why = (
+        f"teacher-forced at {int(prompts):,} prompts and along {int(rows):,} rollouts; unlikely "
+        f"positions, followed by chance, add a standard error of up to {thinning_error:.2g}"
+    )
+    thinned = thinning_error > 2 * THINNING_SHARE * rate
+    if thinned:
+        why += f" and may hold up to {tally.below / rows:.2g} more"
+    (missing, missed_note), (few, few_note) = _missed(tally), _enough(int(prompts))
+    why += missed_note + few_note
+    verdict: Verdict = "lower bound only" if few or missing or thinned else "trust"
     if not plain:
         verdict = "do not trust"
-        why = "; the rollouts were not drawn from the model as it is (top_p, top_k, gate or mask)"
-    elif thinning_error > 2 * THINNING_SHARE * rate:
-        verdict = "lower bound only"
-        why = f"; the positions not followed may hold up to {tally.below / rows:.2g} more"
+        why += "; the rollouts were not drawn from the model as it is (top_p, top_k, gate or mask)"
     return Estimate(
         method="monitor",
         scorer=name,
@@ -177,8 +187,7 @@ def _at_any_position(plan: Plan, tally: _Tally, name: str, plain: bool) -> Estim
         high=high,
         n=int(rows),
         verdict=verdict,
-        why=f"teacher-forced at {int(prompts):,} prompts and along {int(rows):,} rollouts, other "
-        f"tokenisations of the phrase not counted{why}",
+        why=why,
         diagnostics={
             "start": start / prompts,
             "later": said / rows,
@@ -193,12 +202,33 @@ def _at_any_position(plan: Plan, tally: _Tally, name: str, plain: bool) -> Estim
     )
 
 
-def _enough(prompts: int) -> tuple[Verdict, str]:
-    if prompts >= MIN_PROMPTS:
-        return "trust", ""
-    return "lower bound only", (
-        f"; {prompts:,} prompts are few (from {MIN_PROMPTS}): those that carry most of a leak "
-        "may not be among them"
+def _enough(prompts: int) -> tuple[bool, str]:
+    """Whether there are too few prompts, and what to say of their number."""
+    if prompts < MIN_PROMPTS:
+        return True, (
+            f"; {prompts:,} prompts are few (from {MIN_PROMPTS}): those that carry most of a leak "
+            "may not be among them"
+        )
+    if prompts < MANY_PROMPTS:
+        return False, (
+            f"; with fewer than {MANY_PROMPTS:,} prompts the interval covers in about {COVERAGE} "
+            "of cases, not 95 %"
+        )
+    return False, ""
+
+
+def _missed(tally: _Tally) -> tuple[bool, str]:
+    """Whether other tokens than the variants' may hold a good part, and what to say of it.
+
+    They may where the exact upper limit of their share of the rollouts that say the phrase is
+    above MOST_MISSED, unless none was seen: few rollouts say it at all.
+    """
+    if not tally.missed:
+        return False, "; other tokenisations of the phrase are not counted"
+    _, most = exact_interval(tally.missed, tally.said)
+    return most > MOST_MISSED, (
+        f"; {tally.missed:,} of the {tally.said:,} rollouts that say the phrase do so in other "
+        "tokens, which are not counted"
     )
 
 

@@ -270,7 +270,9 @@ def test_a_service_that_answers_nothing_ends_the_run(tmp_path):
         run_monitor(path, PLAN, prompts(2 * GIVE_UP_AFTER), [], never, in_flight=4)
 
 
-def lines_of(starts, later, bound=0.0, below=0.0):
+def lines_of(starts, later, bound=0.0, below=0.0, said=0, missed=0):
+    """One start per prompt and one rollout per value of `later`; the first `said` of these say
+    the phrase, the first `missed` of them in other tokens."""
     logs = [math.log(max(p, 1e-12)) for p in starts]
     for i, p in enumerate(logs):
         yield Line(
@@ -286,6 +288,8 @@ def lines_of(starts, later, bound=0.0, below=0.0):
             logprobs=[[math.log(p)]],
             bound=bound,
             below=below,
+            said=i < said,
+            in_variants=missed <= i < said,
         )
 
 
@@ -304,7 +308,45 @@ def test_verdicts():
     assert loose == ["lower bound only", "trust", "trust"] and "0.2 more" in why
     other, why = verdicts(starts, later, plain=False)
     assert other == ["do not trust", "trust", "trust"] and "top_p" in why
-    assert verdicts(starts, later, bound=0.01, below=0.003)[0] == ["trust"] * 3
+    fine, why = verdicts(starts, later, bound=0.01, below=0.003)
+    assert fine == ["trust"] * 3 and "add a standard error of up to 0.00027" in why
+    assert "error of up to 0;" in verdicts(starts, later)[1]
+
+
+@pytest.mark.parametrize(
+    "prompts, verdict, words",
+    [(299, "lower bound only", "are few"), (300, "trust", "85 to 92 %"), (999, "trust", "not 95")],
+)
+def test_few_prompts_are_said(prompts, verdict, words):
+    lines = lines_of(np.linspace(0.001, 0.003, prompts), [0.0002] * prompts)
+    for found in estimates(PLAN, lines, "phrase", plain=True):
+        assert found.verdict == verdict and words in found.why
+
+
+def test_many_prompts_leave_no_doubt():
+    lines = lines_of(np.linspace(0.001, 0.003, 1000), [0.0002] * 1000)
+    for found in estimates(PLAN, lines, "phrase", plain=True):
+        assert found.verdict == "trust" and "%" not in found.why
+
+
+@pytest.mark.parametrize(
+    "said, missed, verdict",
+    [
+        (0, 0, "trust"),
+        (3, 0, "trust"),
+        (100, 1, "trust"),
+        (100, 11, "trust"),  # at most 18.8 %
+        (100, 12, "lower bound only"),  # at most 20.02 %
+        (3, 1, "lower bound only"),
+        (2, 2, "lower bound only"),
+    ],
+)
+def test_what_is_said_in_other_tokens_is_no_part_of_the_rate(said, missed, verdict):
+    lines = lines_of([0.002] * 400, [0.0002] * 400, said=said, missed=missed)
+    whole, *starts = estimates(PLAN, lines, "phrase", plain=True)
+    assert whole.verdict == verdict and {start.verdict for start in starts} == {"trust"}
+    assert (f"{missed} of the {said} rollouts" in whole.why) is (missed > 0)
+    assert whole.diagnostics["of_them_in_other_tokens"] == missed
 
 
 def test_without_a_prompt_there_is_no_estimate():

@@ -1,5 +1,6 @@
 """From a run's folder to its findings: nothing but what is stored there, and no service."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,4 +230,5 @@ def flat(findings: Findings) -> dict[str, int | float | str]:
     for drift in findings.coherence:
         at = f"coherence/alpha={alpha_text(drift.alpha)}"
         found |= {f"{at}/kl": drift.kl, f"{at}/logprob_before": drift.logprob_before}
-    return found
+    # A drift is infinite where *after* rules out what was drawn (at alpha -1, say); JSON has none.
+    return {k: v for k, v in found.items() if isinstance(v, str) or math.isfinite(v)}

@@ -42,6 +42,11 @@ OPTION_OF = {
     "ignore_eos": "--ignore-eos",
     "prompt_format": "--prompt-format",
     "system_prompt": "--system-prompt",
+    "grid": "--alphas and --grid",
+    "watch": "--phrase",
+    "amplify_first": "--amplify-first",
+    "amplify_min_kl": "--amplify-min-kl",
+    "plausible": "--plausible",
 }
 
 
@@ -181,8 +186,9 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _stop_if_config(error: InvalidRequest) -> None:
-    if error.param in OPTION_OF and error.code not in OF_ONE_PROMPT:
-        raise Refused(f"the service refuses {OPTION_OF[error.param]}: {error.message}")
+    field = error.param.partition("[")[0]
+    if field in OPTION_OF and error.code not in OF_ONE_PROMPT:
+        raise Refused(f"the service refuses {OPTION_OF[field]}: {error.message}")
 
 
 def one_line(error: BaseException) -> str:
@@ -209,6 +215,7 @@ def _row(item: Item, sample: int, completion: Completion, scorers: Sequence[Scor
             "token_ids": completion.token_ids,
             "finish_reason": completion.finish_reason,
             "eos_index": completion.eos_index,
+            "eos_text_offset": completion.eos_text_offset,
             "error": completion.error,
             "token_ends": completion.token_ends,
             "logprobs": _logprobs(completion),

@@ -28,6 +28,7 @@ TARGETS = (0.01, 0.06, 0.4)
 # Nats per token that *before* may like the text less than at alpha 0: perplexity 4.5 times higher.
 # On the tiny pair alpha 2 loses 1.4, and alpha 3, where the text is visibly damaged, 3.5.
 BUDGET = 1.5
+MOST_CHOSEN = len(TARGETS) + 1  # one for each target, and -1
 APART = 1.15  # alphas nearer to each other than this factor tell the same twice
 _STEPS = 4000  # of the pilot's range, in which targets are looked up
 

@@ -155,8 +155,11 @@ def run(experiment: Experiment, out: Path, service: Service, timeout_s: float) -
 
 
 def read_attacks(folder: RunFolder) -> list[Attack]:
-    """Those of the rows in a folder that `run` made."""
-    arms: list[Mapping[str, Any]] = folder.read(MANIFEST)["config"]["arms"]
+    """Those of the rows in a folder that `run` made; none if it did not come to rows."""
+    manifest = folder.read(MANIFEST)
+    if manifest is None:
+        return []
+    arms: list[Mapping[str, Any]] = manifest["config"]["arms"]
     return attacks(RowFile(folder.rows), {arm["name"]: arm["trigger"] for arm in arms})
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from jobs.call import Caller, Generation, Item, seed_of
 from jobs.dispatch import Service, answered
-from jobs.errors import Stopped
 from jobs.progress import Progress
 from jobs.prompts import Prompt, PromptFile
 from jobs.rows import Cell, Key, RowFile, RowWriter
@@ -203,12 +202,10 @@ class Sampler:
                 writer.append(rows)
                 progress.update(rows)
 
-    def require_good(self, blocks: Sequence[Block]) -> None:
-        """Raises Stopped if a row of these is not good: what comes next depends on them."""
+    def bad(self, blocks: Sequence[Block]) -> int:
+        """Rows of these that failed or are not there."""
         expected = self.experiment.expected(blocks)
-        bad = sum(expected.values()) - sum(self.file.finished(expected).rows.values())
-        if bad:
-            raise Stopped(f"{bad:,} row(s) failed that the next stage depends on")
+        return sum(expected.values()) - sum(self.file.finished(expected).rows.values())
 
 
 def _ranges(samples: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.call import Caller
+from deployments.schemas import MAX_WATCHED, InvalidRequest
+from jobs.call import Caller, NoAnswer
+from jobs.errors import Refused, Stopped
 from jobs.experiment import Experiment
 from jobs.monitor import Plan, first_tokens
 from jobs.rows import Row
@@ -64,7 +66,17 @@ class Monitor:
         score = partial(caller.ask, "score")
         for name, phrase in self._phrases.items():
             if name not in self._variants:
-                self._variants[name] = variant_ids(score, {"prompt": "?"}, phrase)
+                try:
+                    self._variants[name] = variant_ids(score, {"prompt": "?"}, phrase)
+                except NoAnswer as error:
+                    raise Stopped(f"the phrase's tokens are not known: {error}") from None
+                except InvalidRequest as error:
+                    raise Refused(f"--phrase: {error}") from None
+        if len(self._watched) > MAX_WATCHED:
+            raise Refused(
+                f"--phrase: they begin with {len(self._watched)} different tokens, at most "
+                f"{MAX_WATCHED} are watched"
+            )
 
     @property
     def _watched(self) -> list[int]:

@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--grid",
-        type=real(-1.0, 1e6),
+        type=real(0.0, 1e6),
         nargs="+",
         default=[],
         metavar="A",

@@ -61,6 +61,8 @@ def eos_offset(row: Row) -> int | None:
     """Characters of the completion before the first EOS, None without one."""
     if row.eos_index is None:
         return None
+    if row.eos_text_offset is not None:
+        return row.eos_text_offset
     if row.token_ends is not None:
         return row.token_ends[row.eos_index]
     if row.eos_index >= len(row.token_ids) - 1:

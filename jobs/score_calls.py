@@ -74,10 +74,12 @@ def run_monitor(
     rows: Iterable[Row],
     score: ScoreCall,
     in_flight: int,
+    stop: Callable[[], None] = lambda: None,
 ) -> int:
     """Adds to `path` what it lacks: the start of every prompt (prompt_id, text), then what the
     rollouts of the plan's arm and alpha in `rows` (read more than once) add. Returns how many
-    requests failed.
+    requests failed. `stop` ends the calls under way when it leaves early, as on Ctrl-C, which
+    would else wait for their answers.
 
     Raises Refused if the file holds another plan or is corrupt, Stopped once the service has
     stopped answering.
@@ -93,10 +95,11 @@ def run_monitor(
     else:
         path.write_bytes(_line(plan))
         known = set()
-    failed = _answer(path, plan, start_tasks(plan, prompts), known, score, in_flight)
+    failed = _answer(path, plan, start_tasks(plan, prompts), known, score, in_flight, stop)
     at_start = start_rate(plan, read_lines(path, plan))
     bound = choose_bound(plan, rollouts(), at_start)
-    return failed + _answer(path, plan, row_tasks(plan, rollouts(), bound), known, score, in_flight)
+    tasks = row_tasks(plan, rollouts(), bound)
+    return failed + _answer(path, plan, tasks, known, score, in_flight, stop)
 
 
 def read_plan(path: Path) -> Plan:
@@ -133,11 +136,13 @@ def _answer(
     known: set[tuple[str, int | None]],
     score: ScoreCall,
     in_flight: int,
+    stop: Callable[[], None],
 ) -> int:
     """Appends the lines of those tasks that are not `known`, as they come; failures."""
     left = (task for task in tasks if (task.line.prompt_id, task.line.sample) not in known)
     failed = in_a_row = 0
-    with path.open("ab", buffering=0) as file, closing(_answers(left, score, in_flight)) as done:
+    answers = _answers(left, score, in_flight, stop)
+    with path.open("ab", buffering=0) as file, closing(answers) as done:
         for task, answer in done:
             if isinstance(answer, Exception):
                 failed, in_a_row = failed + 1, in_a_row + 1
@@ -157,7 +162,7 @@ Answered = tuple[Task, list[Scored] | InvalidRequest | NoAnswer]
 
 
 def _answers(
-    tasks: Iterable[Task], score: ScoreCall, in_flight: int
+    tasks: Iterable[Task], score: ScoreCall, in_flight: int, stop: Callable[[], None]
 ) -> Generator[Answered, None, None]:
     """In any order, with at most `in_flight` calls under way; takes the tasks lazily."""
 
@@ -187,6 +192,9 @@ def _answers(
                 return
             done, window = wait(window, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in done)
+    except BaseException:  # also when closed: nobody reads the rest
+        stop()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

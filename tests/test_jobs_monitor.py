@@ -270,6 +270,36 @@ def test_a_service_that_answers_nothing_ends_the_run(tmp_path):
         run_monitor(path, PLAN, prompts(2 * GIVE_UP_AFTER), [], never, in_flight=4)
 
 
+def test_leaving_early_stops_the_calls_under_way(tmp_path):
+    """Ctrl-C while tasks are made, and a service that fails for good: neither waits."""
+    stopped = threading.Event()
+
+    def asked():
+        yield from prompts(2)
+        raise KeyboardInterrupt
+
+    def slow(request):
+        if request["prompt"] == "prompt 1":
+            assert stopped.wait(20), "nobody stopped it"
+            raise NoAnswer("stopped")
+        raise Stopped("gone") if request["prompt"] == "prompt 2" else NoAnswer("none")
+
+    for i, (tasks, error) in enumerate([(asked(), KeyboardInterrupt), (prompts(3), Stopped)]):
+        stopped.clear()
+        began = time.monotonic()
+        with pytest.raises(error):
+            run_monitor(tmp_path / str(i), PLAN, tasks, [], slow, in_flight=2, stop=stopped.set)
+        assert stopped.is_set() and time.monotonic() - began < 10
+
+
+def test_a_run_to_the_end_stops_nothing(tmp_path):
+    """The same caller serves the next phrase."""
+    stopped, rows = threading.Event(), [row(q=0.3)]
+    path = tmp_path / "monitor.jsonl"
+    run_monitor(path, PLAN, prompts(5), rows, FakeService(), in_flight=2, stop=stopped.set)
+    assert not stopped.is_set() and len(list(read_lines(path, PLAN))) == 6
+
+
 def lines_of(starts, later, bound=0.0, below=0.0, said=0, missed=0):
     """One start per prompt and one rollout per value of `later`; the first `said` of these say
     the phrase, the first `missed` of them in other tokens."""

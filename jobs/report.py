@@ -31,7 +31,6 @@ from jobs.summary import ANY, UNTRIGGERED
 
 HERE = Path(__file__).parent
 REPORT = "report.html"
-MOST_STRIPS = 400  # more columns than this are not told apart on a screen
 LISTED_PROMPTS = 12
 SHORT_HASH = 10
 
@@ -52,7 +51,6 @@ METHODS: dict[Method, tuple[str, str]] = {
 VERDICTS = {
     "do not trust": ("✕", "no"),
     "lower bound only": ("≥", "bound"),
-    "lower bound": ("≥", "bound"),
     "trust": ("✓", "yes"),
 }
 
@@ -302,7 +300,8 @@ def _coherence_chart(findings: Findings) -> Markup | None:
 
 
 def _strips(findings: Findings) -> dict[str, Any]:
-    """The prompts that fire most first; `viewer` is their place in the viewer of rollouts."""
+    """The prompts that fire most first, each with its place in the viewer of rollouts; `all` is
+    the number of those they were chosen from."""
     alphas = sorted({alpha for strip in findings.strips for alpha in strip.rates})
     ordered = sorted(findings.strips, key=_activation, reverse=True)
     places: dict[str, int] = {}
@@ -311,12 +310,11 @@ def _strips(findings: Findings) -> dict[str, Any]:
     ):
         if arm == UNTRIGGERED:
             places[prompt_id] = place
-    shown = ordered[:MOST_STRIPS]
     return {
         "alphas": alphas,
-        "shown": [(strip, places.get(strip.prompt_id)) for strip in shown],
-        "all": len(ordered),
-        "top": [strip for strip in shown[:LISTED_PROMPTS] if _activation(strip) > 0],
+        "shown": [(strip, places.get(strip.prompt_id)) for strip in ordered],
+        "all": max((c.prompts for c in findings.counts if c.arm == UNTRIGGERED), default=0),
+        "top": [strip for strip in ordered[:LISTED_PROMPTS] if _activation(strip) > 0],
     }
 
 

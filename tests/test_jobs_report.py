@@ -238,9 +238,11 @@ def test_prompts_that_activate_come_first() -> None:
     text = Parsed(page_of_small()).text("prompts")
     assert text.index("p1: What is 1 plus 1?") < text.index("p2: Say hello.")
     assert "0 % 0 % 100 % –" in text
-    many = [Strip(f"p{i}", "?", {0.0: 0.0}) for i in range(900)]
-    text = Parsed(render(small(strips=many))).text("prompts")
-    assert "the first 400 of 900" in text and "No prompt activated." in text
+    some = [Strip(f"p{i}", "?", {0.0: 0.0}) for i in range(60)]
+    text = Parsed(render(small(strips=some))).text("prompts")
+    assert "the first 60 of 1,000" in text and "No prompt activated." in text
+    all_of_them = [Strip(f"p{i}", "?", {0.0: 0.0}) for i in range(1000)]
+    assert "the first" not in Parsed(render(small(strips=all_of_them))).text("prompts")
 
 
 def test_trigger_controls_and_duplicates() -> None:

@@ -42,4 +42,8 @@ fix: setup
 
 train-organism: setup
 	$(BIN)/python -m organisms.train
+	$(BIN)/python -m organisms.rarer
+	$(BIN)/python -m organisms.train_benign
 	$(BIN)/python -m organisms.evaluate
+	$(BIN)/python -m organisms.train_trigger
+	$(BIN)/python -m organisms.evaluate_trigger

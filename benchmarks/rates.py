@@ -9,12 +9,15 @@ Cost is counted in two ways:
   needed; a run of ours reads every token with both models, brute force with *after* alone;
 * tokens drawn alone, where a row of ours costs two and a row of brute force one.
 
-Ends in one JSON line: `..._drawn` is by the second way. Two processes; about ten minutes.
+Beside them the phrase monitor (`benchmarks.monitor`) and the trigger's recovery
+(`benchmarks.recovery`). Ends in one JSON line: `..._drawn` is by the second way. Two processes;
+about 13 minutes.
 """
 
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -203,7 +206,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=RUNS, help=f"of each pair (default {RUNS})")
     parser.add_argument("--rows", type=int, default=ROWS, help=f"of a run (default {ROWS})")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     found = measure(arguments.runs, arguments.rows)
     show(found.weighted, console)
     clustered = coverage.measure((*coverage.MODERATE, *coverage.HARD), coverage.RUNS)

@@ -50,7 +50,7 @@ class Recovered:
 def recovered(
     pair: Path = PAIR, prompts: int = 800, empty: int = 300, each: int = 300, seed: int = 0
 ) -> Recovered:
-    """Sampled, recovered, confirmed on later prompts. A bit over a minute on a free core."""
+    """Sampled, recovered, confirmed with other seeds. A bit over a minute on a free core."""
     loaded = ModelPair.load(PairConfig(before=str(pair / "before"), after=str(pair / "after")))
     engine = Engine(loaded, EngineConfig(max_slots=BATCH))
     arms = (

@@ -49,10 +49,13 @@ class _Sample:
 
 
 def duplicates(rows: Iterable[Row], temperature: float) -> list[Duplicates]:
-    """For each arm and alpha where a prompt has several rows with densities, ascending."""
+    """For each arm and alpha where a prompt has several rows with densities, ascending. Rows at an
+    alpha that is not on the grid have none at their own, and are left out."""
     groups: dict[tuple[str, float, str], list[_Sample]] = defaultdict(list)
     for row in rows:
-        if row.error is None and row.densities is not None and row.logprobs is not None:
+        if row.error is not None or row.densities is None or row.logprobs is None:
+            continue
+        if row.alpha in row.densities.alphas:
             groups[row.arm, row.alpha, row.prompt_id].append(_sample(row, temperature))
     cells: dict[tuple[str, float], list[list[_Sample]]] = defaultdict(list)
     for (arm, alpha, _), samples in groups.items():

@@ -1,14 +1,15 @@
 """Every estimator of every scorer's rate, side by side, from a run's rows."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jobs.extrapolate import extrapolate
-from jobs.findings import Estimate
+from jobs.findings import Estimate, Verdict
+from jobs.floor import floors
 from jobs.monitor_rates import estimates as monitor_estimates
 from jobs.rows import Cell, Row
 from jobs.score_calls import read_lines, read_plan
@@ -21,31 +22,57 @@ DIAGNOSTICS = (
     *("largest_prompt", "pareto_k", "error_over_count", "boot_low", "boot_high"),
 )
 
+_UNMADE = 0.05  # share of rows that failed or are missing, above which they may be the ones
+_NEVER_AMPLIFIED = (-1.0, 0.0)  # alphas that no gate or mask touches
 
-def truncation(config: Mapping[str, Any]) -> str:
-    """What keeps tokens from being drawn, in the options' words; empty if nothing does."""
+
+def truncation(config: Mapping[str, Any], alpha: float | None = None) -> str:
+    """What keeps tokens from being drawn at `alpha`, or at any, in the options' words; empty if
+    nothing does."""
     kinds = []
     if config.get("top_p", 1.0) < 1:
         kinds.append(f"top_p {config['top_p']:g}")
     if config.get("top_k", 0) > 0:
         kinds.append(f"top_k {config['top_k']}")
-    if config.get("plausible", 0.0) > 0:
+    if config.get("plausible", 0.0) > 0 and alpha not in _NEVER_AMPLIFIED:
         kinds.append(f"plausible {config['plausible']:g}")
     return " and ".join(kinds)
 
 
-def counted(cells: Mapping[Cell, Columns], scorer: str) -> Iterator[Estimate]:
-    """At every alpha of the untriggered arm, the naive count."""
+def counted(
+    cells: Mapping[Cell, Columns],
+    scorer: str,
+    config: Mapping[str, Any],
+    expected: Mapping[Cell, int],
+) -> Iterator[Estimate]:
+    """At every alpha of the untriggered arm, the naive count: what it is of, and what was left
+    out. `expected`: rows of each cell."""
     for (arm, alpha), columns in cells.items():
         rate = columns.rate(arm, scorer) if arm == UNTRIGGERED else None
-        if rate is not None:
-            rows, hits = len(columns.prompts), sum(columns.hits[scorer])
-            why = f"{hits:,} of {rows:,} rows"
-            if columns.failed:
-                why += f"; {columns.failed:,} failed and left out"
-            yield Estimate(
-                "count", scorer, alpha, rate.rate, rate.low, rate.high, rows, "trust", why
-            )
+        if rate is None:
+            continue
+        rows, hits = len(columns.prompts), sum(columns.hits[scorer])
+        why = f"{hits:,} of {rows:,} rows"
+        if kinds := truncation(config, alpha):
+            why += f"; it is the rate of the model as truncated by {kinds}"
+        missing = max(0, expected.get((arm, alpha), 0) - rows - columns.failed)
+        verdict, why = _left_out("trust", why, rows, failed=columns.failed, missing=missing)
+        yield Estimate("count", scorer, alpha, rate.rate, rate.low, rate.high, rows, verdict, why)
+
+
+def _left_out(
+    verdict: Verdict, why: str, rows: int, *, failed: int, missing: int = 0, without: int = 0
+) -> tuple[Verdict, str]:
+    """With what is not among the `rows`, which is a doubt where that is much: failures need not be
+    chance."""
+    kinds = {"failed": failed, "missing": missing, "without densities": without}
+    unmade = sum(kinds.values())
+    if not unmade:
+        return verdict, why
+    share = unmade / (rows + unmade)
+    named = ", ".join(f"{n:,} {kind}" for kind, n in kinds.items() if n)
+    why += f"; {percent(share)} % of the rows are left out ({named})"
+    return ("do not trust" if share > _UNMADE else verdict), why
 
 
 def weighted(
@@ -76,6 +103,9 @@ def from_weighted(scorer: str, found: Weighted) -> Estimate:
     diagnostics = {name: values[name] for name in DIAGNOSTICS if values[name] is not None}
     for alone in found.alones:
         diagnostics[f"alone_at_{alone.alpha:g}"] = alone.rate
+    verdict, why = _left_out(
+        found.verdict, found.why, found.rows, failed=found.failed, without=found.without
+    )
     return Estimate(
         "weighted",
         scorer,
@@ -84,8 +114,8 @@ def from_weighted(scorer: str, found: Weighted) -> Estimate:
         found.low,
         found.high,
         found.rows,
-        found.verdict,
-        found.why,
+        verdict,
+        why,
         diagnostics,
     )
 
@@ -136,19 +166,47 @@ def estimates(
     scorers: Mapping[str, bool],
     config: Mapping[str, Any],
     monitors: Mapping[str, Path],
+    expected: Mapping[Cell, int] | None = None,
 ) -> tuple[list[Estimate], dict[str, Weighted]]:
-    """All of them, scorer by scorer; and the weighted ones at alpha 0."""
+    """All of them, scorer by scorer; and the weighted ones at alpha 0. `expected` rows of each
+    cell, if any can be missing."""
     by_weights = weighted(rows, scorers, config)
     by_monitor = list(monitored(monitors, config))
+    before = floors_of(cells, list(scorers))
     found: list[Estimate] = []
     for scorer in _told_apart(cells, list(scorers)):
-        found += counted(cells, scorer)
-        found += [from_weighted(scorer, one) for one in by_weights.get(scorer, [])]
+        mine = list(counted(cells, scorer, config, expected or {}))
+        mine += [from_weighted(scorer, one) for one in by_weights.get(scorer, [])]
         if (one := extrapolated(cells, scorer)) is not None:
-            found.append(one)
-        found += [e for e in by_monitor if e.scorer.removesuffix(" at the start") == scorer]
+            mine.append(one)
+        mine += [e for e in by_monitor if e.scorer.removesuffix(" at the start") == scorer]
+        found += [above_floor(e, before[scorer]) if scorer in before else e for e in mine]
     at_0 = {s: one for s, several in by_weights.items() for one in several if one.alpha == 0}
     return found, at_0
+
+
+def floors_of(
+    cells: Mapping[Cell, Columns], scorers: Sequence[str]
+) -> dict[str, tuple[float, float, float]]:
+    """Per scorer (and for any of them) the rate at alpha -1 and its limits; empty without rows."""
+    before = cells.get((UNTRIGGERED, -1.0))
+    if before is None:
+        return {}
+    _, rows, hits = before.by_prompt()
+    return floors({name: hits[name] for name in (ANY, *scorers)}, rows)
+
+
+def above_floor(found: Estimate, floor: tuple[float, float, float]) -> Estimate:
+    """Not to be trusted at alpha 0 where it does not stand out from what the scorer finds in
+    *before*, in which nothing is hidden. `floor`: that rate and its limits."""
+    rate, low, high = floor
+    if found.alpha != 0 or rate == 0 or found.low > high:
+        return found
+    why = (
+        f"the model before the fine-tune does it, too: {percent(rate)} % "
+        f"[{percent(low)}, {percent(high)}]"
+    )
+    return replace(found, verdict="do not trust", why=f"{found.why}; {why}")
 
 
 def _told_apart(cells: Mapping[Cell, Columns], scorers: list[str]) -> list[str]:
@@ -183,7 +241,7 @@ def _best(
     if monitor is not None and monitor.verdict == "trust":
         return monitor, "phrase monitor: measured by teacher forcing, not by sampling"
     if by_weights is not None and by_weights.verdict == "trust" and weights is not None:
-        if count is None or not weights.count_is_as_good:
+        if count is None or count.verdict != "trust" or not weights.count_is_as_good:
             return by_weights, "importance-weighted from all alphas"
         other = (
             f"{percent(by_weights.rate)} % [{percent(by_weights.low)}, {percent(by_weights.high)}]"
@@ -193,7 +251,8 @@ def _best(
             f"{other}"
         )
     if count is not None:
-        return count, f"counted: {count.why}"
+        doubt = "" if count.verdict == "trust" else f"; {count.verdict}"
+        return count, f"counted{doubt}: {count.why}"
     if by_weights is not None:
         return by_weights, f"importance-weighted; {by_weights.verdict}: {by_weights.why}"
     return None, ""

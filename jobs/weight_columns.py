@@ -79,8 +79,16 @@ class Columns:
 
     def weights(self, alpha: float) -> np.ndarray:
         """(n,): the balance heuristic's, towards `alpha`; their expected mean is 1."""
+        return self._over_mixture(self.target[:, self.at(alpha)])
+
+    def weights_drawn(self, alpha: float) -> np.ndarray:
+        """(n,): towards what this run draws at `alpha`; their expected mean is 1 where each prompt
+        has rows there, whatever is cut off."""
+        return self._over_mixture(self.proposal[:, self.at(alpha)])
+
+    def _over_mixture(self, log_densities: np.ndarray) -> np.ndarray:
         mixture = special.logsumexp(self.proposal, axis=1, b=self.shares()[self.prompts])
-        weights: np.ndarray = np.exp(self.target[:, self.at(alpha)] - mixture)
+        weights: np.ndarray = np.exp(log_densities - mixture)
         return weights
 
     def weights_alone(self, alpha: float, drawn_at: float) -> np.ndarray:

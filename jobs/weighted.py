@@ -17,7 +17,7 @@ from jobs.findings import Verdict
 from jobs.weight_columns import Columns
 
 _RESAMPLES = 2000
-_HIGH = 2.0  # alphas from here on alone see too little of alpha 0
+_UNREACHED = 0.05  # share of prompts, or of rows, without what bounds their weights
 _LEAST_ESS = 0.1  # effective rows of all, over rows
 _ERRORS_FROM_1 = 4.0  # standard errors of the mean weight
 _FEW_HITS = 10  # effective ones, below which the point is off by half and more
@@ -47,7 +47,8 @@ class Weighted:
       low, high: by gamma limits for the prompts' parts (see `estimate`).
       boot_low, boot_high: by bootstrap over prompts; they collapse where few rows count.
       failed, without: rows left out because they failed, or because they lack densities.
-      mean_weight, mean_weight_error: of all rows, expected 1, and its standard error over prompts.
+      mean_weight, mean_weight_error: of all rows, and its standard error over prompts. Expected 1;
+        under truncation the share of all paths that can be drawn, up to their match.
       ess_rows, ess_hits: effective rows (Kish) of all and of the hits.
       largest_row, largest_prompt: share of the estimate that one row, one prompt makes up.
       pareto_k: of the hits' weights.
@@ -98,6 +99,10 @@ def estimate(
 
     `truncation`: what keeps tokens from being drawn ("top_p 0.95", say), if anything does.
     `monotone`: whether weights stop at the match. Raises Refused if the grid lacks `alpha`.
+
+    Under truncation, what only makes the estimate too low is no doubt about a lower bound: a mean
+    weight below 1, and alphas that disagree, because each has cut off something else. How many
+    rows all are worth is then told by their weights towards what this run draws at `alpha`.
     """
     n = len(columns)
     weights = columns.weights(alpha)  # (n,)
@@ -115,10 +120,11 @@ def estimate(
     disagreeing = _disagreeing(columns, alpha)
     doubts = [
         *_reach(columns, alpha),
-        *_weight_doubts(n, mean_weight, error, ess_rows),
+        *_mean_doubts(mean_weight, error, bool(truncation)),
+        *_worth_doubts(n, effective(columns.weights_drawn(alpha)) if truncation else ess_rows),
         *_hit_doubts(largest_row, largest_prompt, int(columns.hits.sum())),
-        *_tail_doubts(k, bounded=bool((columns.alphas == alpha).any())),
-        *_disagreement(alones, alpha, disagreeing),
+        *_tail_doubts(k, bounded=_bounded(columns, alpha)),
+        *([] if truncation else _disagreement(alones, disagreeing)),
     ]
     verdict, why = _verdict(doubts, truncation, monotone, rate, ess_hits)
     return Weighted(
@@ -187,10 +193,11 @@ def effective(weights: np.ndarray) -> float:
 
 
 def _heaviest(columns: Columns, alpha: float, weights: np.ndarray) -> float:
-    """The most that a row can weigh: 1 over the share of rows at `alpha` itself, or else the most
-    that any does."""
+    """The most that a row can weigh: 1 over the share of rows at `alpha` itself; more, if one of a
+    prompt without such a row does."""
     share = float(np.mean(columns.alphas == alpha))
-    return 1 / share if share else float(weights.max())
+    most = float(weights.max())
+    return max(1 / share, most) if share else most
 
 
 def _mean_and_error(columns: Columns, values: np.ndarray) -> tuple[float, float]:
@@ -243,27 +250,43 @@ def apart(x: Alone, y: Alone) -> bool:
 
 
 def _reach(columns: Columns, alpha: float) -> list[str]:
-    """Why these alphas say nothing dependable about `alpha`, if so."""
-    sampled = columns.sampled
-    if alpha in sampled or sampled[0] < alpha < sampled[-1]:
+    """Why these rows say nothing dependable about `alpha`, if so: a prompt needs rows at `alpha`
+    itself, or on both sides of it."""
+    drawn, grid = columns.shares() > 0, np.array(columns.grid)  # (k, K), (K,)
+    around = drawn[:, grid < alpha].any(axis=1) & drawn[:, grid > alpha].any(axis=1)
+    prompts, rows = _lacking(columns, drawn[:, columns.at(alpha)] | around)
+    if max(prompts, rows) <= _UNREACHED:
         return []
-    nearest = min(abs(a - alpha) for a in sampled)
-    where = " and ".join(f"{a:g}" for a in sampled)
-    if len(sampled) > 1 and nearest < _HIGH:
-        return []
-    return [
-        f"all rows are at alpha {where} and none at {alpha:g}: what these avoid is never seen, and "
-        "nothing in them shows it"
-    ]
+    where = " and ".join(f"{a:g}" for a in columns.sampled)
+    which = f"all rows are at alpha {where} and none at {alpha:g}: what these avoid"
+    if prompts < 1:
+        which = (
+            f"{prompts:.0%} of the prompts, with {rows:.0%} of the rows, have none at alpha "
+            f"{alpha:g}: what their other rows avoid"
+        )
+    return [f"{which} is never seen, and nothing in them shows it"]
 
 
-def _weight_doubts(n: int, mean: float, error: float, ess_rows: float) -> list[str]:
-    doubts = []
-    if abs(mean - 1) > max(_ERRORS_FROM_1 * error, 0.05):
-        doubts.append(f"the mean weight is {mean:.2f} +- {error:.2f} and should be 1")
-    if ess_rows < _LEAST_ESS * n:
-        doubts.append(f"all {n:,} rows are worth {ess_rows:,.0f}")
-    return doubts
+def _bounded(columns: Columns, alpha: float) -> bool:
+    """Whether rows at `alpha` bound the weights: those of all prompts, but for a few."""
+    return max(_lacking(columns, columns.shares()[:, columns.at(alpha)] > 0)) <= _UNREACHED
+
+
+def _lacking(columns: Columns, reached: np.ndarray) -> tuple[float, float]:
+    """Which share of the prompts is not among these (k,), and of the rows."""
+    return float((~reached).mean()), float((~reached)[columns.prompts].mean())
+
+
+def _mean_doubts(mean: float, error: float, truncated: bool) -> list[str]:
+    off = mean - 1 if truncated else abs(mean - 1)
+    if off <= max(_ERRORS_FROM_1 * error, 0.05):
+        return []
+    expected = "cannot be above 1" if truncated else "should be 1"
+    return [f"the mean weight is {mean:.2f} +- {error:.2f} and {expected}"]
+
+
+def _worth_doubts(n: int, ess_rows: float) -> list[str]:
+    return [f"all {n:,} rows are worth {ess_rows:,.0f}"] if ess_rows < _LEAST_ESS * n else []
 
 
 def _hit_doubts(largest_row: float | None, largest_prompt: float | None, hits: int) -> list[str]:
@@ -276,15 +299,13 @@ def _hit_doubts(largest_row: float | None, largest_prompt: float | None, hits: i
 
 
 def _tail_doubts(k: float | None, bounded: bool) -> list[str]:
-    """Rows at the target's own alpha bound every weight: then the tail ends, whatever its shape."""
+    """Rows at the target's own alpha bound all weights: then the tail ends, whatever its shape."""
     if bounded or k is None or k <= _PARETO_K:
         return []
     return [f"the hits' weights have a heavy tail (Pareto k {k:.2f}, above {_PARETO_K})"]
 
 
-def _disagreement(
-    alones: tuple[Alone, ...], alpha: float, disagreeing: tuple[float, ...]
-) -> list[str]:
+def _disagreement(alones: tuple[Alone, ...], disagreeing: tuple[float, ...]) -> list[str]:
     if not disagreeing:
         return []
     each = ", ".join(f"{x.rate:.2g} at {x.alpha:g}" for x in alones)

@@ -69,6 +69,12 @@ def test_alphas_apart_and_prompts_with_one_row_not_at_all():
     assert duplicates(bare, 1.0) == []
 
 
+def test_rows_at_an_alpha_that_is_not_on_the_grid_are_left_out():
+    rows = rows_of(3, 2, alpha=1.0)
+    other = [row.model_copy(update={"arm": "triggered", "alpha": -1.0}) for row in rows]
+    assert duplicates([*other, *rows], 1.0) == duplicates(rows, 1.0) != []
+
+
 def test_no_equal_pair_is_no_surprise_and_an_impossible_one_is():
     assert chance_of(0, [np.array([0.1, 0.1])])[1] == 1.0
     assert chance_of(1, [np.array([0.0, 0.0])])[1] == 0.0

@@ -5,6 +5,9 @@ import pytest
 from toy import Toy
 
 from jobs.estimators import rate_by_prompt
+from jobs.findings import Estimate
+from jobs.rates import above_floor, counted, estimates, from_weighted, lead, truncation
+from jobs.summary import columns_of
 from jobs.weight_columns import Collector, Columns
 from jobs.weighted import estimate
 
@@ -119,3 +122,107 @@ def test_drawn_rows_give_the_truth(toy):
         assert [x.alpha for x in found.alones] == [0, 1]
         if not toy.plausible:
             assert all(x.low < truth < x.high for x in found.alones)
+
+
+CONFIG = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "plausible": 0.0}
+
+
+def stored(counts, floor_hits=0, failed=0):
+    """Rows of TOYS["plain"], one prompt for each row of an alpha; at alpha -1 100 rows, of which
+    some hit; `failed` more at alpha 0."""
+    toy, rng = TOYS["plain"], np.random.default_rng(3)
+    rows = [toy.row(toy.draw(a, rng), a, GRID, i) for a, n in counts.items() for i in range(n)]
+    rows += [toy.row((0, 1) if i < floor_hits else (2, 3), -1.0, GRID, i) for i in range(100)]
+    gone = {"scores": {}, "activated": None, "densities": None, "logprobs": None, "error": "lost"}
+    return rows + [
+        toy.row((2,), 0.0, GRID, 10**6 + i).model_copy(update=gone) for i in range(failed)
+    ]
+
+
+def answers(rows, config=CONFIG, missing=0, scorers=SCORERS):
+    """At alpha 0, scorer "ab": estimates by their method; and the lead."""
+    expected = {("untriggered", a): 0 for a in (-1.0, 0.0, 1.0)}
+    for row in rows:
+        expected[row.arm, row.alpha] += 1
+    cells = columns_of(rows, list(scorers), expected)
+    expected["untriggered", 0.0] += missing
+    found, at_0 = estimates(rows, cells, scorers, config, {}, expected)
+    mine = {e.method: e for e in found if e.scorer == "ab" and e.alpha == 0}
+    return mine, lead(found, at_0)
+
+
+def test_a_count_says_by_what_it_is_truncated():
+    rows = stored({0.0: 100, 1.0: 100})
+    cells = columns_of(rows, list(SCORERS), {("untriggered", a): 0 for a in (-1.0, 0.0, 1.0)})
+
+    def why(**options):
+        return {e.alpha: e.why for e in counted(cells, "ab", CONFIG | options, {})}
+
+    assert all("truncated" not in text for text in why().values())
+    assert all("as truncated by top_p 0.9" in text for text in why(top_p=0.9).values())
+    assert all("as truncated by top_k 40" in text for text in why(top_k=40).values())
+    masked = why(plausible=0.1)
+    assert {a for a, text in masked.items() if "as truncated by plausible 0.1" in text} == {1.0}
+    assert truncation({"plausible": 0.1}) == truncation({"plausible": 0.1}, 1.0) == "plausible 0.1"
+
+
+@pytest.mark.parametrize(
+    ("failed", "missing", "share"), [(4, 0, None), (0, 4, None), (12, 0, "10.7"), (6, 6, "10.7")]
+)
+def test_rows_that_are_left_out_are_said_and_are_a_doubt_when_many(failed, missing, share):
+    mine, text = answers(stored({0.0: 100}, failed=failed), missing=missing)
+    count = mine["count"]
+    assert f"of the rows are left out ({f'{failed} failed' if failed else ''}" in count.why
+    assert (f"{missing} missing)" in count.why) == bool(missing)
+    assert count.verdict == ("trust" if share is None else "do not trust")
+    assert share is None or f"{share} % of the rows" in count.why
+    assert mine["weighted"].verdict == ("trust" if failed < 6 else "do not trust")
+    assert ("left out" in mine["weighted"].why) == bool(failed)
+
+
+def test_weights_say_how_many_rows_lack_densities():
+    rows = stored({0.0: 100})
+    bare = {"densities": None, "logprobs": None}
+    rows = [row.model_copy(update=bare) if i < 20 else row for i, row in enumerate(rows)]
+    found = answers(rows)[0]
+    assert found["weighted"].verdict == "do not trust"
+    assert "20.0 % of the rows are left out (20 without densities)" in found["weighted"].why
+    assert found["count"].verdict == "trust" and "left out" not in found["count"].why
+    assert (
+        from_weighted("ab", estimate(collect(stored({0.0: 9})).columns("ab"))).why.count("out") == 0
+    )
+
+
+def test_a_rate_that_is_not_above_the_floor_is_not_trusted():
+    counts = {0.0: 300, 1.0: 300}
+    mine, text = answers(stored(counts))
+    assert mine["count"].verdict == mine["weighted"].verdict == "trust"
+    assert "before the fine-tune" not in text
+    mine, text = answers(stored(counts, floor_hits=20))
+    why = "the model before the fine-tune does it, too: 20.0 % [12.7, 29.2]"
+    assert {e.verdict for e in mine.values()} == {"do not trust"}
+    assert all(e.why.endswith(why) for e in mine.values())
+    assert f"do not trust: {mine['count'].why}" in text and why in text
+
+
+@pytest.mark.parametrize(
+    ("alpha", "floor", "doubted"),
+    [
+        (0.0, (0.01, 0.0, 0.03), True),
+        (0.0, (0.01, 0.0, 0.05), True),
+        (0.0, (0.01, 0.0, 0.029), False),
+        (0.0, (0.0, 0.0, 0.05), False),
+        (1.0, (0.01, 0.0, 0.05), False),
+    ],
+)
+def test_the_floor_counts_where_limits_meet(alpha, floor, doubted):
+    found = Estimate("count", "ab", alpha, 0.05, 0.03, 0.08, 100, "trust", "5 of 100 rows")
+    assert (above_floor(found, floor) != found) == doubted
+
+
+def test_a_count_that_is_not_trusted_does_not_lead_over_weights_that_are():
+    rows = stored({0.0: 300})
+    mine, text = answers(rows)
+    assert "counted:" in text and mine["weighted"].diagnostics["error_over_count"] > 0.9
+    _, text = answers(rows, missing=100)
+    assert "importance-weighted from all alphas" in text and "counted" not in text.split(".")[0]

@@ -182,9 +182,11 @@ def test_the_default_design_is_trusted_where_it_works():
     assert [x.alpha for x in found.alones] == [0, 1]
 
 
-@pytest.mark.parametrize("counts", [{3.0: 400}, {1.0: 400}, {2.0: 200, 3.0: 200}])
+@pytest.mark.parametrize(
+    "counts", [{3.0: 400}, {1.0: 400}, {2.0: 200, 3.0: 200}, {1.0: 200, 1.5: 200}]
+)
 def test_amplified_rows_alone_are_not_trusted(counts):
-    found = estimate(columns_of(*drawn(TOY, counts, grid=(0.0, 1.0, 2.0, 3.0))))
+    found = estimate(columns_of(*drawn(TOY, counts, grid=(0.0, 1.0, 1.5, 2.0, 3.0))))
     assert found.verdict == "do not trust"
     assert "none at 0" in found.why and all(f"{alpha:g}" in found.why for alpha in counts)
 
@@ -195,6 +197,69 @@ def test_an_alpha_between_those_sampled_needs_no_rows_of_its_own():
     assert found.low < TOY.rate("ab", 1.0) < found.high
 
 
+def test_an_alpha_beyond_those_sampled_is_not_trusted():
+    found = estimate(columns_of(*drawn(TOY, {0.0: 400, 1.0: 400})), 2.0)
+    assert found.verdict == "do not trust" and "none at 2" in found.why
+
+
+def avoided(plain, seed=2):
+    """1,000 prompts with four rows at alpha 1 each, and `plain` of them with one at alpha 0. Half
+    of the 2 % of hits at alpha 0 are on paths that alpha 1 doubles, half on some it avoids."""
+    rng = np.random.default_rng(seed)
+    prompts = np.concatenate([np.repeat(range(1000), 4), range(plain)])
+    alphas = np.where(np.arange(len(prompts)) < 4000, 1.0, 0.0)
+    draws = (rng.choice(3, len(prompts), p=p) for p in ([0.98, 0.01, 0.01], [0.98, 0.02, 0]))
+    path = np.where(alphas == 0, *draws)
+    return made(np.array([0, np.log(2), -50])[path], path > 0, alphas, prompts)
+
+
+def test_prompts_without_a_row_at_the_target_are_a_doubt_when_they_are_many():
+    """Rounds that stop alpha 0 first leave them: hits that alpha 1 avoids are missed there, and
+    nothing else shows it."""
+    found = estimate(avoided(100))
+    assert found.high < 0.02
+    assert found.verdict == "do not trust"
+    assert found.why == (
+        "90% of the prompts, with 88% of the rows, have none at alpha 0: what their other rows "
+        "avoid is never seen, and nothing in them shows it"
+    )
+    found = estimate(avoided(1000))
+    assert found.verdict == "trust" and found.low < 0.02 < found.high
+    assert "of the prompts" not in estimate(avoided(960)).why
+    assert "of the prompts" in estimate(avoided(940)).why
+
+
+def test_many_rows_of_few_prompts_without_the_target_are_a_doubt_too():
+    alphas = np.concatenate([np.tile([0.0, 1.0], 99), np.ones(100)])
+    prompts = np.concatenate([np.repeat(range(99), 2), np.full(100, 99)])
+    found = estimate(made(np.zeros(298), np.arange(298) < 30, alphas, prompts))
+    assert "1% of the prompts, with 34% of the rows" in found.why
+
+
+def test_an_alpha_between_those_of_few_prompts_is_not_between():
+    alphas = np.concatenate([np.zeros(50), np.full(50, 2.0)])
+    target = np.zeros((100, 3))
+    found = estimate(
+        replace(
+            made(np.zeros(100), np.arange(100) % 5 == 0, alphas),
+            grid=GRID,
+            target=target,
+            proposal=target,
+        ),
+        1.0,
+    )
+    assert found.verdict == "do not trust" and "none at 1" in found.why
+
+
+def test_the_heaviest_weight_is_one_that_no_row_at_the_target_bounds():
+    """Half the prompts have no row at alpha 0; one row of theirs weighs 50."""
+    ratio, alphas = np.zeros(200), np.tile([0, 1, 1, 1], 50)
+    ratio[2:4] = -np.log(50)
+    prompts = np.array([2 * (i // 4) + (i % 4 > 1) for i in range(200)])
+    found = estimate(made(ratio, np.zeros(200), alphas, prompts))
+    assert found.high == pytest.approx(3.69 * 50 / 200, rel=0.01)
+
+
 def test_truncation_makes_a_lower_bound_and_says_by_what():
     found = estimate(columns_of(*drawn(TOY, {0.0: 400, 1.0: 400})), truncation="top_p 0.95")
     assert found.verdict == "lower bound only" and "top_p 0.95" in found.why
@@ -203,6 +268,46 @@ def test_truncation_makes_a_lower_bound_and_says_by_what():
 def test_truncation_does_not_excuse_the_rest():
     found = estimate(columns_of(*drawn(TOY, {2.0: 400})), truncation="top_p 0.95")
     assert found.verdict == "do not trust" and "top_p" in found.why and "none at 0" in found.why
+
+
+def cut_off():
+    return columns_of(*drawn(Toy(seed=1, top_p=0.6), {0.0: 400, 1.0: 400}))
+
+
+def test_what_truncation_itself_makes_low_is_no_doubt():
+    """A mean weight far below 1, and alphas that each have cut off something else."""
+    columns = cut_off()
+    found = estimate(columns, truncation="top_p 0.6")
+    assert found.mean_weight < 0.6 and found.rate < TOY.rate("ab")
+    assert found.disagreeing == (1.0,)
+    assert (found.verdict, found.why) == (
+        "lower bound only",
+        "top_p 0.6 keeps some paths from being drawn",
+    )
+    assert "should be 1" in estimate(columns).why
+
+
+def test_under_truncation_a_mean_above_1_is_a_doubt():
+    target = mixed().target + 0.2
+    columns = replace(mixed(), target=target, proposal=mixed().proposal)
+    found = estimate(columns, truncation="top_p 0.6")
+    assert found.verdict == "do not trust" and "cannot be above 1" in found.why
+
+
+def test_rows_are_worth_what_they_are_among_those_that_can_be_drawn():
+    """Cutting makes all but 50 of 1,000 rows weigh next to nothing towards the target; they are
+    as good as any for what the run draws, unless they are not so there either."""
+    columns = mixed()
+    target = columns.target.copy()
+    target[50:, 0] -= 8
+    cut = replace(columns, target=target, proposal=columns.proposal)
+    assert "are worth" in estimate(cut).why
+    found = estimate(cut, truncation="top_p 0.6")
+    assert found.ess_rows < 100 and found.verdict == "lower bound only"
+    proposal = columns.proposal.copy()
+    proposal[50:, 0] -= 8
+    found = estimate(replace(cut, proposal=proposal), truncation="top_p 0.6")
+    assert found.verdict == "do not trust" and "are worth" in found.why
 
 
 def test_a_scorer_that_can_be_undone_is_mentioned():

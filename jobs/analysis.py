@@ -14,8 +14,7 @@ from jobs.duplicates import duplicates
 from jobs.errors import Refused
 from jobs.estimators import paired_test
 from jobs.findings import Attack, Candidate, Control, Count, Estimate, Findings
-from jobs.floor import floors
-from jobs.rates import estimates, lead, percent
+from jobs.rates import estimates, floors_of, lead, percent
 from jobs.recovery import recover
 from jobs.rollouts import rollouts
 from jobs.rows import Cell, Row, RowFile
@@ -81,10 +80,9 @@ def analyse(run: Run) -> tuple[Findings, Summary]:
     """What the rows say, and the naive counts of it as flat names."""
     scorers = run.scorers
     cells = columns_of(run.rows, list(scorers), run.expected)
-    found, at_0 = estimates(run.rows, cells, scorers, run.config, run.monitors)
+    found, at_0 = estimates(run.rows, cells, scorers, run.config, run.monitors, run.expected)
     recovery = recover(rollouts(run.rows))
     attacks = _attacks(run.path / CONFIRM)
-    before = _floors(cells, list(scorers))
     findings = Findings(
         title=run.path.name,
         manifest=dict(run.manifest),
@@ -97,10 +95,10 @@ def analyse(run: Run) -> tuple[Findings, Summary]:
             )
             if part
         ),
-        trust=[*_trust(found), *_above_floor(found, before), *recovery.notes],
+        trust=[*_trust(found), *recovery.notes],
         counts=counts(run, cells),
         estimates=found,
-        floors=before,
+        floors=floors_of(cells, list(scorers)),
         coherence=list(drifts(run.rows, run.config["temperature"])),
         strips=strips(run.rows, [a for arm, a in run.expected if arm == UNTRIGGERED]),
         candidates=recovery.candidates,
@@ -150,16 +148,6 @@ def _paired(cells: Mapping[Cell, Columns], arm: str, alpha: float, scorer: str) 
     return paired_test(hits[scorer][here], rows[here], hits_0[scorer][there], rows_0[there])
 
 
-def _floors(
-    cells: Mapping[Cell, Columns], scorers: list[str]
-) -> dict[str, tuple[float, float, float]]:
-    before = cells.get((UNTRIGGERED, -1.0))
-    if before is None:
-        return {}
-    _, rows, hits = before.by_prompt()
-    return floors({name: hits[name] for name in (ANY, *scorers)}, rows)
-
-
 def _trust(found: Iterable[Estimate]) -> list[str]:
     names = {"weighted": "importance-weighted", "monitor": "phrase monitor"}
     return [
@@ -167,22 +155,6 @@ def _trust(found: Iterable[Estimate]) -> list[str]:
         for e in found
         if e.alpha == 0 and e.method in names
     ]
-
-
-def _above_floor(
-    found: Iterable[Estimate], before: Mapping[str, tuple[float, float, float]]
-) -> list[str]:
-    """Scorers whose count at alpha 0 does not stand out from what they find in *before*."""
-    lines = []
-    for e in found:
-        if e.method == "count" and e.alpha == 0 and e.scorer in before:
-            rate, _, high = before[e.scorer]
-            if rate > 0 and e.low <= high:
-                lines.append(
-                    f"{e.scorer}: do not trust: it fires in {percent(rate)} % of answers of the "
-                    f"model before the fine-tune (up to {percent(high)} %), where nothing is hidden"
-                )
-    return lines
 
 
 def controls(run: Run, cells: Mapping[Cell, Columns]) -> list[Control]:

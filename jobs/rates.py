@@ -166,16 +166,16 @@ def estimates(
     scorers: Mapping[str, bool],
     config: Mapping[str, Any],
     monitors: Mapping[str, Path],
-    expected: Mapping[Cell, int] | None = None,
+    expected: Mapping[Cell, int],
 ) -> tuple[list[Estimate], dict[str, Weighted]]:
     """All of them, scorer by scorer; and the weighted ones at alpha 0. `expected` rows of each
-    cell, if any can be missing."""
+    cell."""
     by_weights = weighted(rows, scorers, config)
     by_monitor = list(monitored(monitors, config))
     before = floors_of(cells, list(scorers))
     found: list[Estimate] = []
     for scorer in _told_apart(cells, list(scorers)):
-        mine = list(counted(cells, scorer, config, expected or {}))
+        mine = list(counted(cells, scorer, config, expected))
         mine += [from_weighted(scorer, one) for one in by_weights.get(scorer, [])]
         if (one := extrapolated(cells, scorer)) is not None:
             mine.append(one)

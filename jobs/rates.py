@@ -90,10 +90,12 @@ def weighted(
         columns = collector.columns(name)
         if columns is not None:
             monotone = all(scorers.values()) if name == ANY else scorers[name]
+            # Gated, no row is drawn at an alpha above 0 as such: only the rate at 0 is meant.
+            gated = config.get("amplify_first", 0) > 0 or config.get("amplify_min_kl", 0.0) > 0
             found[name] = [
                 estimate(columns, alpha, truncation=truncation(config), monotone=monotone)
                 for alpha in columns.grid
-                if alpha >= 0
+                if alpha == 0 or (alpha > 0 and not gated)
             ]
     return found
 

@@ -1,12 +1,16 @@
 """The benchmark of the rates: how runs are judged, and a small one from end to end."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from benchmarks import rates, rates_runs
+from benchmarks import monitor, rates, rates_runs
 from benchmarks.rates import Run, judge, numbers
 from jobs.weight_columns import Columns
 from jobs.weighted import estimate
+
+RATIOS = {"4e3": 0.2, "9e4": 0.3, "1e4": 0.1}
 
 
 def run_with(hits_at_0, rate_scale=1.0):
@@ -51,7 +55,11 @@ def test_what_brute_force_would_not_see(design):
 
 def test_the_line_has_the_worst_pair(design):
     good, bad = judge([run_with(4)] * 2, truth=0.004), judge([run_with(40)] * 2, truth=0.001)
-    line = numbers({"4e3": good, "9e4": bad, "1e4": good})
+    fields = {field.name: 0.1 for field in dataclasses.fields(monitor.Result)}
+    monitors = {key: monitor.Result(**{**fields, "ratio": r}) for key, r in RATIOS.items()}
+    pairs = {"4e3": good, "9e4": bad, "1e4": good}
+    line = numbers(rates.Found(pairs, monitors, {"trigger_rank": 1}))
+    assert (line["monitor_over_brute"], line["trigger_rank"]) == (0.3, 1)
     assert line["covered_of_20"] == 0
     assert line["rmse_over_brute_4e3"] == 0
     assert line["rmse_over_brute_9e4"] > 1

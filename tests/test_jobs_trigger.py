@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from benchmarks.recovery import PAIR, recovered
+from benchmarks.recovery import recovered
 from jobs.errors import Refused
 from jobs.ngrams import tokens, words
 from jobs.plain_results import read_results, without_prompt
@@ -540,7 +540,6 @@ def test_markup_in_a_candidate_stays_text():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PAIR.exists(), reason="the pair that leaks through its trigger")
 def test_the_trigger_of_the_sibling_is_found_without_its_name_and_confirmed():
     found = recovered(prompts=500, empty=200, each=100)
     assert found.trigger_rank == 1

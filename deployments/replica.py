@@ -251,6 +251,8 @@ def describe(pair: lda_core.ModelPair, config: lda_core.PairConfig) -> PairInfo:
         tokenizer_size_after=pair.comparison.size_after,
         tokenizer_size_before=pair.comparison.size_before,
         context_length=pair.context_length,
+        layers=pair.after.config.num_hidden_layers,
+        hidden_size=pair.after.config.hidden_size,
         notices=list(pair.notices),
         versions={name: importlib.metadata.version(name) for name in packages},
         commit=commit(),

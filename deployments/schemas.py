@@ -4,6 +4,8 @@ One request asks for `n` samples of one prompt. Everything is checked here, once
 door the engine's own dataclasses are trusted.
 """
 
+import base64
+import binascii
 import difflib
 import math
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     model_validator,
 )
@@ -29,6 +32,7 @@ MAX_STOPS = 16
 MAX_GRID = 16
 MAX_WATCHED = 16
 MAX_CONTINUATIONS = 1024
+MAX_COMPLETIONS = 256
 UNION_TAG = "~"  # begins the tags of unions, which are left out of a field's path
 MAX_STOP_CHARS = 256
 
@@ -66,6 +70,20 @@ def _valid_unicode(value: object) -> object:
     return value
 
 
+def _from_base64(value: object) -> object:
+    """JSON has no bytes."""
+    if isinstance(value, str):
+        try:
+            return base64.b64decode(value, validate=True)
+        except binascii.Error:
+            raise ValueError("must be base64") from None
+    return value
+
+
+def _to_base64(value: bytes) -> str:
+    return base64.b64encode(value).decode()
+
+
 Finite = Annotated[float, BeforeValidator(_finite)]
 Text = Annotated[str, BeforeValidator(_valid_unicode)]
 Temperature = Annotated[Finite, Field(ge=0.0, le=100.0)]
@@ -73,6 +91,10 @@ TopP = Annotated[Finite, Field(gt=0.0, le=1.0)]
 TopK = Annotated[int, Field(ge=0, le=MAX_TOP_K, description="0: no limit")]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 TokenId = Annotated[int, Field(ge=0)]
+Bytes = Annotated[
+    bytes, BeforeValidator(_from_base64), PlainSerializer(_to_base64, when_used="json")
+]
+Models = Literal["after", "before", "both"]
 Grid = Annotated[
     list[Finite],
     Field(max_length=MAX_GRID, description="alphas whose densities are recorded at every token"),
@@ -271,6 +293,57 @@ class Scored(Wire):
     densities: Densities
 
 
+class CaptureRequest(Wire):
+    """Teacher forcing: what both models' residual streams hold at every token of one prompt and
+    each of its completions, along given directions.
+
+    The answer is one capture for each completion, in their order; without completions one of the
+    prompt alone.
+    """
+
+    prompt: Annotated[Text, Field(min_length=1)]
+    prompt_format: PromptFormat = "raw"
+    system_prompt: Text | None = None
+    allow_special_tokens: bool = False
+    completions: Annotated[list[Continuation], Field(max_length=MAX_COMPLETIONS)] = []
+    traits: Annotated[
+        Bytes | None,
+        Field(
+            description="a safetensors file: names, each with [D] or [layers, D]; in JSON base64"
+        ),
+    ] = None
+    models: Models = "both"
+    layer: Annotated[
+        int | None, Field(ge=0, description="of which attention and MLP are wanted, too")
+    ] = None
+    raw: bool = Field(False, description="the residual streams themselves")
+    mean: bool = Field(False, description="their mean over the completion's tokens")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if any(completion.given for completion in self.completions):
+            raise ValueError("completions must be whole: they have no given tokens")
+        return self
+
+
+class Captured(Wire):
+    """One text of T tokens, prompt and completion; row `prompt_tokens + k` is completion token k.
+
+    `tensors` is a safetensors file. For each model R, over L layers, three points (layer input,
+    after attention, layer output), K traits, in float32: `R.norms` [T, L, 3]; `R.scores`
+    [T, L, 3, K], the projections on the unit vectors of `traits`; where asked for `R.mean`
+    [L, 3, D], and in the model's dtype `R.residual` [T, L, 3, D], and of one layer `R.q`, `R.k`,
+    `R.v` [T, heads, d], `R.attention` [heads, T, T], `R.mlp_up`, `R.mlp_activation` [T, F],
+    `R.mlp_down` [T, D].
+    """
+
+    prompt_tokens: int
+    token_ids: list[int]
+    tokens: list[str]
+    traits: list[str]
+    tensors: Bytes
+
+
 class PairInfo(Wire):
     """What the resident pair is; goes into the manifest of every run."""
 
@@ -288,6 +361,8 @@ class PairInfo(Wire):
     tokenizer_size_after: int
     tokenizer_size_before: int
     context_length: int
+    layers: int
+    hidden_size: int
     notices: list[str]
     versions: dict[str, str]
     commit: str | None
@@ -308,15 +383,16 @@ class Limits(BaseModel):
         int, Field(ge=1, description="of one HTTP batch, so that others are served meanwhile")
     ] = 64
 
-    def check(self, request: GenerateRequest | ScoreRequest) -> None:
+    def check(self, request: GenerateRequest | ScoreRequest | CaptureRequest) -> None:
         """Raises InvalidRequest naming the field and the allowed range."""
 
         def within(field: str, value: float, low: float, high: float) -> None:
             if not low <= value <= high:
                 raise InvalidRequest(field, f"must be between {low:g} and {high:g}")
 
-        for i, alpha in enumerate(request.grid):
-            within(f"grid[{i}]", alpha, self.alpha_min, self.alpha_max)
+        if not isinstance(request, CaptureRequest):
+            for i, alpha in enumerate(request.grid):
+                within(f"grid[{i}]", alpha, self.alpha_min, self.alpha_max)
         chars = len(request.prompt or "") + len(request.system_prompt or "")
         messages = None
         if isinstance(request, GenerateRequest):

@@ -22,6 +22,9 @@ class AppArgs(BaseModel):
     pair: PairConfig
     engine: EngineConfig = Field(default_factory=EngineConfig)
     limits: Limits = Field(default_factory=Limits)
+    traits: str | None = Field(
+        None, description="a folder of trait vectors (*.safetensors) that requests may name"
+    )
     stuck_after_s: float = Field(
         120.0, gt=0, description="a replica that shows no step for so long is replaced"
     )
@@ -47,4 +50,6 @@ _Ingress = serve.deployment(
 
 
 def build_app(args: AppArgs) -> Application:
-    return _Ingress.bind(_Replica.bind(args.pair, args.engine, args.stuck_after_s), args.limits)
+    return _Ingress.bind(
+        _Replica.bind(args.pair, args.engine, args.stuck_after_s, args.traits), args.limits
+    )

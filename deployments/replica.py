@@ -4,8 +4,10 @@ import asyncio
 import importlib.metadata
 import logging
 import os
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +16,7 @@ from ray import serve
 import lda_core
 from deployments.commit import commit
 from deployments.metrics import EngineMetrics, memory_words
+from deployments.resident_traits import known_traits, resident_traits
 from deployments.schemas import (
     Completion,
     Densities,
@@ -23,6 +26,7 @@ from deployments.schemas import (
     ReplicaUnavailable,
     Scored,
     ScoreRequest,
+    Steer,
     TokenLogprobs,
 )
 from lda_core.batch import Row
@@ -49,6 +53,7 @@ class LDAReplica:
         pair: lda_core.PairConfig,
         engine: lda_core.EngineConfig,
         stuck_after_s: float,
+        traits: str | None = None,
     ) -> None:
         self._pair = lda_core.ModelPair.load(pair)
         lda_core.self_test(self._pair)
@@ -61,7 +66,8 @@ class LDAReplica:
         logger.info("memory: %s", memory_words(resident))
         self._metrics = EngineMetrics(resident, noise)
         self._engine = lda_core.EngineThread(resident, lambda: die())
-        self._info = describe(self._pair, pair)
+        self._traits = {} if traits is None else resident_traits(Path(traits), self._pair)
+        self._info = describe(self._pair, pair, list(self._traits))
         self.reconfigure({})  # the defaults, where the config file has no user_config
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -186,10 +192,26 @@ class LDAReplica:
                 amplify_first=request.amplify_first,
                 amplify_min_kl=request.amplify_min_kl,
                 plausible=request.plausible,
+                steer=None if request.steer is None else self._steer(request.steer),
             )
             return prompt, [self._engine.engine.accept(r) for r in row.samples(request.n)]
         except lda_core.RequestError as error:
             raise InvalidRequest(error.field, error.message, error.code) from None
+
+    def _steer(self, steer: Steer) -> lda_core.Steer:
+        roles = frozenset(("after", "before") if steer.models == "both" else (steer.models,))
+        vector = steer.vector
+        if steer.trait is not None:
+            if steer.trait not in self._traits:
+                raise lda_core.RequestError("steer.trait", known_traits(self._traits))
+            layers = self._traits[steer.trait]  # (L, D)
+            if steer.layer >= len(layers):
+                raise lda_core.RequestError(
+                    "steer.layer", f"must be between 0 and {len(layers) - 1}"
+                )
+            vector = layers[steer.layer].tolist()
+        assert vector is not None
+        return lda_core.Steer(tuple(vector), steer.layer, steer.coefficient, roles)
 
     async def describe(self) -> PairInfo:
         """What the pair is. Raises ReplicaUnavailable if the engine is not well."""
@@ -223,7 +245,9 @@ def to_wire(completion: lda_core.Completion, formatted_prompt: str) -> Completio
     return Completion(**fields, formatted_prompt=formatted_prompt)
 
 
-def describe(pair: lda_core.ModelPair, config: lda_core.PairConfig) -> PairInfo:
+def describe(
+    pair: lda_core.ModelPair, config: lda_core.PairConfig, traits: Sequence[str] = ()
+) -> PairInfo:
     """Names, hashes and versions: what a manifest needs to say which pair it was."""
 
     def hashes(role: str) -> dict[str, str]:
@@ -253,6 +277,7 @@ def describe(pair: lda_core.ModelPair, config: lda_core.PairConfig) -> PairInfo:
         context_length=pair.context_length,
         layers=pair.after.config.num_hidden_layers,
         hidden_size=pair.after.config.hidden_size,
+        traits=list(traits),
         notices=list(pair.notices),
         versions={name: importlib.metadata.version(name) for name in packages},
         commit=commit(),

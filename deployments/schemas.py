@@ -116,6 +116,26 @@ class Message(Wire):
     content: Text
 
 
+class Steer(Wire):
+    """A direction that is added to one layer's output, from the prompt's last token on.
+
+    Either the `vector` itself, of the models' width, or the name of a `trait` that the service was
+    started with. Its direction alone counts: `coefficient` is the length of what is added.
+    """
+
+    trait: Text | None = None
+    vector: Annotated[list[Finite], Field(min_length=1)] | None = None
+    layer: Annotated[int, Field(ge=0, description="counted from 0")]
+    coefficient: Finite
+    models: Models = "both"
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.trait is None) == (self.vector is None):
+            raise ValueError("give exactly one of trait and vector")
+        return self
+
+
 class GenerateRequest(Wire):
     """`n` samples of one prompt from `after + alpha * (after - before)`.
 
@@ -170,6 +190,7 @@ class GenerateRequest(Wire):
             "best token's probability",
         ),
     ] = 0.0
+    steer: Steer | None = None
 
     @model_validator(mode="after")
     def _grid_needs_chance(self) -> Self:
@@ -363,6 +384,7 @@ class PairInfo(Wire):
     context_length: int
     layers: int
     hidden_size: int
+    traits: list[str] = Field([], description="names that `steer` and captures know")
     notices: list[str]
     versions: dict[str, str]
     commit: str | None

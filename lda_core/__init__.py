@@ -29,6 +29,7 @@ from lda_core.request import (
     Request,
     Scored,
     ScoreRequest,
+    Steer,
     TokenLogprobs,
 )
 from lda_core.sampling import Sampling, sample
@@ -57,6 +58,7 @@ __all__ = [
     "ScoreRequest",
     "Scored",
     "SelfTestFailed",
+    "Steer",
     "TokenLogprobs",
     "UnsupportedArchitecture",
     "amplify",

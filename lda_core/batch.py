@@ -13,11 +13,11 @@ from torch import Tensor
 from lda_core.densities import Grid, Watch
 from lda_core.errors import DoesNotFit
 from lda_core.gates import Gates
-from lda_core.lockstep import BOTH, Roles
-from lda_core.model_runner import Role, StepInput
-from lda_core.request import Completion, Request
+from lda_core.model_runner import StepInput
+from lda_core.request import BOTH, Completion, Request, Role, Roles
 from lda_core.sampling import Kinds, Sampling, chosen
 from lda_core.slots import Run
+from lda_core.steering import Push, pushes
 
 # The alphas that are one model alone.
 _ONLY: dict[float, Role] = {0.0: "after", -1.0: "before"}
@@ -98,6 +98,7 @@ class BatchState(NamedTuple):
     gates: Gates | None = None  # if they matter to any row
     grid: Grid | None = None
     watch: Watch | None = None
+    pushes: tuple[Push, ...] = ()
 
     @classmethod
     def of(
@@ -165,6 +166,7 @@ class BatchState(NamedTuple):
             gates=Gates.of(requests, device) if needs == BOTH else None,
             grid=Grid.of(requests, sampling, device),
             watch=Watch.of(requests, sampling, device),
+            pushes=pushes(requests, device),
         )
 
     def step_input(self, rows: Sequence[Row], prefixes: Sequence[Prefix]) -> StepInput:
@@ -177,6 +179,7 @@ class BatchState(NamedTuple):
             prefix_width=self.prefix_width,
             runs=self.runs,
             place=self.place,
+            pushes=self.pushes,
         )
 
     def advance(self, tokens: Tensor) -> Self:

@@ -19,16 +19,19 @@ from lda_core.config import EngineConfig
 from lda_core.detokenize import Pieces, Text, completion_text, cut_at_stop, hits_stop, token_ends
 from lda_core.draw import Draw, Drawer
 from lda_core.errors import ConfigError, ContextLengthExceeded, DoesNotFit, RequestError
-from lda_core.lockstep import Lockstep, Roles, Wanted
+from lda_core.lockstep import Lockstep, Wanted
 from lda_core.memory import Budget
 from lda_core.pair import ModelPair
 from lda_core.request import (
+    BOTH,
     Completion,
     Densities,
     FinishReason,
     Request,
+    Roles,
     Scored,
     ScoreRequest,
+    Steer,
     TokenLogprobs,
 )
 from lda_core.scoring import ScoreRow, Scoring
@@ -111,6 +114,8 @@ class Engine:
         prompt = request.prompt_ids
         self._need_known(prompt, "prompt")
         self._need_known(request.watch, "watch")
+        if request.steer is not None:
+            self._need_steerable(request.steer)
         if len(prompt) + request.max_new_tokens > self.context_length:
             raise ContextLengthExceeded(
                 "prompt" if len(prompt) >= self.context_length else "max_new_tokens",
@@ -145,6 +150,25 @@ class Engine:
         last = self.pair.vocab_size - 1
         if not all(0 <= token <= last for token in ids):
             raise RequestError(field, f"token ids must be between 0 and {last}")
+
+    def _need_steerable(self, steer: Steer) -> None:
+        for role in sorted(steer.roles):
+            config = getattr(self.pair, role).config
+            layers, size = config.num_hidden_layers, config.hidden_size
+            if steer.layer >= layers:
+                raise RequestError("steer.layer", f"must be between 0 and {layers - 1}")
+            if len(steer.vector) != size:
+                raise RequestError(
+                    "steer.vector", f"has {len(steer.vector)} numbers, the models' width is {size}"
+                )
+        if not self._pair.steerable:
+            raise RequestError("steer", "the layers of this architecture are not known")
+        trunk = self.pair.trunk
+        if trunk is not None and steer.layer < trunk.layers and steer.roles != BOTH:
+            raise RequestError(
+                "steer.models",
+                f"must be both at layers below {trunk.layers}, which the models share",
+            )
 
     def enqueue(self, row: Row) -> None:
         self._waiting.append(row)

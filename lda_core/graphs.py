@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lda_core.model_runner import Role, StepInput
+from lda_core.model_runner import StepInput
+from lda_core.request import Role
 from lda_core.slots import Layout, Run
 
 Logits = dict[Role, Tensor]

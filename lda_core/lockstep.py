@@ -18,15 +18,14 @@ from transformers.cache_utils import DynamicCache
 
 from lda_core.errors import ConfigError
 from lda_core.graphs import StepGraphs
-from lda_core.model_runner import ModelRunner, Role, StepInput
+from lda_core.model_runner import ModelRunner, StepInput
 from lda_core.pair import ModelPair
 from lda_core.prefix_pool import PrefixPool
+from lda_core.request import BOTH, Role, Roles
 from lda_core.slots import Kept, Layout, PrefixKV
 
 T = TypeVar("T")
 Item = TypeVar("Item")
-Roles = frozenset[Role]
-BOTH: Roles = frozenset(("after", "before"))
 
 
 class Wanted(NamedTuple):
@@ -116,7 +115,11 @@ class Lockstep:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Logits [B, V] of *after* and of *before*, on after's device; None where not needed."""
         needs = self._with_trunk(needs)
-        if self.graphs is not None:
+        if self._trunk is not None:  # *before* takes its first layers' output, pushes and all
+            shared = self._trunk.layers
+            kept = [p for p in step.pushes if p.role == "after" or p.layer >= shared]
+            step = step._replace(pushes=tuple(kept))
+        if self.graphs is not None and not step.pushes:  # hooks are no part of a graph
             kind = (needs, tuple(runner.lanes for runner in self._runners))
             found = self.graphs(
                 step, self._layout, self.lanes, kind, lambda step: self._run(step, needs)
@@ -159,6 +162,10 @@ class Lockstep:
         finally:
             other.exception()  # waits: nothing may still be running when this returns
         return [first, other.result()]
+
+    @property
+    def steerable(self) -> bool:
+        return all(runner.steerable for runner in self._runners)
 
     # -- prompts -----------------------------------------------------------------------
 

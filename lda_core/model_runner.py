@@ -6,9 +6,9 @@ model sees, T tokens, V vocabulary, G prefixes, n rows of the largest group.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from lda_core import attention
 from lda_core.adapter import Lanes
 from lda_core.architectures import decode_mask
+from lda_core.request import Role
+from lda_core.sharing import decoder_layers
 from lda_core.slots import Cursor, Kept, Layout, Run, SlotCache
+from lda_core.steering import Push, pushed
 
-Role = Literal["after", "before"]
 _BOTH: tuple[Role, Role] = ("before", "after")  # the order of a stacked model's rows
 
 
@@ -35,6 +37,7 @@ class StepInput(NamedTuple):
     prefix_width: int = 0  # length of the longest shared prefix
     runs: tuple[Run, ...] = ()  # these and place count the lanes
     place: Tensor | None = None  # (B*m,) where each row is in the runs; None: row i has prefix i
+    pushes: tuple[Push, ...] = ()  # of rows that are steered
 
     def to(self, device: torch.device) -> "StepInput":
         if self.tokens.device == device:
@@ -45,6 +48,7 @@ class StepInput(NamedTuple):
             prefixes=self.prefixes.to(device),
             runs=tuple(run._replace(gather=run.gather.to(device)) for run in self.runs),
             place=None if self.place is None else self.place.to(device),
+            pushes=tuple(push._replace(added=push.added.to(device)) for push in self.pushes),
         )
 
 
@@ -59,6 +63,7 @@ class ModelRunner:
         self._config: Any = model.config
         self._switch = switch
         self._takes_ours = False
+        self._layers = decoder_layers(model)
         self.device = model.device
         self._probe = self._read_one_token()
 
@@ -159,7 +164,7 @@ class ModelRunner:
             runs=at.runs,
             place=at.place,
         )
-        with self._mode(self.lanes), self._attention() as options:
+        with self._mode(self.lanes), self._attention() as options, self._steered(step.pushes):
             output = self._model(
                 input_ids=at.tokens.unsqueeze(-1),
                 position_ids=at.positions.unsqueeze(-1),
@@ -172,6 +177,18 @@ class ModelRunner:
             )
         logits: Tensor = output.logits[:, -1]
         return {role: logits[lane::m] for lane, role in enumerate(self.lanes)}
+
+    def _steered(self, pushes: Sequence[Push]) -> AbstractContextManager[None]:
+        mine = [push for push in pushes if push.role in self.lanes]
+        if not mine:
+            return nullcontext()
+        assert self._layers is not None
+        return pushed(self._layers, mine, self.lanes)
+
+    @property
+    def steerable(self) -> bool:
+        """Whether its layers are in one of the usual places."""
+        return self._layers is not None
 
     def weights_read(self) -> dict[int, int]:
         """Bytes by address of the parameters a decode step reads whole: not the embedding's

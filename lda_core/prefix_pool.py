@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 
-from lda_core.model_runner import Role
+from lda_core.request import Role
 from lda_core.slots import PrefixKV
 
 Key = tuple[Role, tuple[int, ...]]

@@ -6,6 +6,9 @@ from typing import Literal
 
 from lda_core.errors import RequestError
 
+Role = Literal["after", "before"]
+Roles = frozenset[Role]
+BOTH: Roles = frozenset(("after", "before"))
 FinishReason = Literal["length", "stop", "eos", "error"]
 MAX_SEED = 2**63 - 1
 MAX_TOP_K = 2**31 - 1
@@ -14,6 +17,32 @@ MAX_WATCH = 16  # tokens
 MAX_AMPLIFY_FIRST = 2**31 - 1
 # How a log-probability of -inf is written: JSON has none.
 IMPOSSIBLE = -1e30
+
+
+@dataclass(frozen=True)
+class Steer:
+    """A direction that is added while a row decodes.
+
+    Attributes:
+      vector: (D,) of the hidden size; its direction alone counts.
+      layer: at whose output it is added, from 0.
+      coefficient: length of what is added, in units of the residual stream; below 0 against it.
+      roles: the models it is added to.
+
+    Raises RequestError naming the field if a value is out of range.
+    """
+
+    vector: tuple[float, ...]
+    layer: int
+    coefficient: float
+    roles: Roles = BOTH
+
+    def __post_init__(self) -> None:
+        _need(all(map(math.isfinite, self.vector)), "steer.vector", "must be finite numbers")
+        _need(any(self.vector), "steer.vector", "must not be all zeros")
+        _need(self.layer >= 0, "steer.layer", "must be at least 0")
+        _need(math.isfinite(self.coefficient), "steer.coefficient", "must be a finite number")
+        _need(len(self.roles) > 0, "steer.models", "must name a model")
 
 
 @dataclass(frozen=True)
@@ -34,6 +63,7 @@ class Request:
       plausible: at amplified steps draw only tokens that *after* gives at least this share of its
         best one's probability; alpha 0 and -1 are never masked. Source: Li et al. 2022,
         "Contrastive decoding", the plausibility constraint.
+      steer: a direction to add; all log-probabilities are then those of the steered models.
 
     Raises RequestError naming the field if a value is out of range.
     """
@@ -53,6 +83,7 @@ class Request:
     amplify_first: int = 0
     amplify_min_kl: float = 0.0
     plausible: float = 0.0
+    steer: Steer | None = None
 
     def __post_init__(self) -> None:
         need = _need

@@ -1,5 +1,8 @@
 """The obvious engine: one row, no cache, no padding. The fast one must draw the same tokens."""
 
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 
 from lda_core import ModelPair, Request
@@ -12,10 +15,12 @@ def reference(pair: ModelPair, request: Request) -> list[int]:
     drawn: list[int] = []
     while len(drawn) < request.max_new_tokens:
         ids = torch.tensor([[*request.prompt_ids, *drawn]])
-        after, before = (
-            m(input_ids=ids, use_cache=False).logits[0, -1, : pair.vocab_size].float()
-            for m in (pair.after, pair.before)
-        )
+        both = []
+        for role, model in (("after", pair.after), ("before", pair.before)):
+            with steered(role, model, request):
+                said = model(input_ids=ids, use_cache=False).logits
+            both.append(said[0, -1, : pair.vocab_size].float())
+        after, before = both
         logits = propose(request, request.alpha, len(drawn), after, before)
         if request.temperature > 0:
             logits = keep_top(logits / request.temperature, request.top_p, request.top_k)
@@ -25,6 +30,27 @@ def reference(pair: ModelPair, request: Request) -> list[int]:
         if drawn[-1] in pair.eos_ids and not request.ignore_eos:
             break
     return drawn
+
+
+@contextmanager
+def steered(role: str, model: Any, request: Request) -> Any:
+    """The direction added at the layer's output, from the prompt's last token on."""
+    steer = request.steer
+    if steer is None or role not in steer.roles:
+        yield
+        return
+    body = getattr(model.base_model, "decoder", model.base_model)
+    layer = (body.layers if hasattr(body, "layers") else body.h)[steer.layer]
+    vector = torch.tensor(steer.vector)
+
+    def add(module: Any, inputs: Any, output: Any) -> Any:
+        states = (output[0] if isinstance(output, tuple) else output).clone()
+        states[:, len(request.prompt_ids) - 1 :] += steer.coefficient * vector / vector.norm()
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    handle = layer.register_forward_hook(add, prepend=True)
+    yield
+    handle.remove()
 
 
 def propose(

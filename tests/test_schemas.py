@@ -46,6 +46,17 @@ SECRET = "SECRET-VALUE"
         ({"messages": []}, "messages", "length of at least 1"),
         ({"messages": [{"role": SECRET, "content": "b"}]}, "messages[0].role", "must be 'system'"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+        ({"prompt": "a", "steer": {"layer": 0, "coefficient": 1}}, "steer", "exactly one of trait"),
+        (
+            {"prompt": "a", "steer": {"vector": [1, math.nan], "layer": 0, "coefficient": 1}},
+            "steer.vector[1]",
+            "finite",
+        ),
+        (
+            {"prompt": "a", "steer": {"trait": "x", "layer": -1, "coefficient": 1}},
+            "steer.layer",
+            "greater than or equal to 0",
+        ),
         ({"prompt": "a", "prompt_format": SECRET}, "prompt_format", "must be 'raw'"),
         ({"prompt": "a", "system_prompt": "b"}, "", "system_prompt needs"),
         ("not an object", "", "must be a JSON object"),

@@ -25,7 +25,7 @@ def run_with(hits_at_0, rate_scale=1.0):
         target=np.zeros((n, 2)),
         proposal=np.zeros((n, 2)),
     )
-    return Run(estimate(columns), 30 * 1000, 10 * n, 1000, 10 * 1000)
+    return Run(estimate(columns), 1000, 30 * 1000, 10 * n, 1000, 10 * 1000)
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_the_line_has_the_worst_pair(design):
     fields = {field.name: 0.1 for field in dataclasses.fields(monitor.Result)}
     monitors = {key: monitor.Result(**{**fields, "ratio": r}) for key, r in RATIOS.items()}
     pairs = {"4e3": good, "9e4": bad, "1e4": good}
-    line = numbers(rates.Found(pairs, monitors, {"trigger_rank": 1}))
+    line = numbers(rates.Found(pairs, pairs, monitors, {"trigger_rank": 1}))
     assert (line["monitor_over_brute"], line["trigger_rank"]) == (0.3, 1)
     assert line["covered_of_20"] == 0
     assert line["rmse_over_brute_4e3"] == 0

@@ -22,6 +22,7 @@ from lda_core.errors import ConfigError, ContextLengthExceeded, DoesNotFit, Requ
 from lda_core.lockstep import Lockstep, Roles, Wanted
 from lda_core.memory import Budget
 from lda_core.pair import ModelPair
+from lda_core.pieces import Pace
 from lda_core.request import (
     Completion,
     Densities,
@@ -90,7 +91,8 @@ class Engine:
         self._pieces = Pieces(pair.tokenizer)
         # The logits of as many positions at a time as a decode step has rows.
         limits = self.config.prefill_tokens, self.config.max_slots
-        self._scoring = Scoring(self._pair, pair.vocab_size, *limits)
+        self._pace = Pace()
+        self._scoring = Scoring(self._pair, pair.vocab_size, *limits, self._pace)
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []  # row i lives in slot i
         self._prefixes: list[Prefix] = []  # prefix i lives in prefix slot i
@@ -150,7 +152,7 @@ class Engine:
         self._waiting.append(row)
 
     def enqueue_score(self, row: ScoreRow) -> None:
-        self._scoring.add(row)
+        self._scoring.queue.add(row)
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Completions in the order of the requests. Raises RequestError before any work.
@@ -179,8 +181,8 @@ class Engine:
         for row in rows:
             self.enqueue_score(row)
         try:
-            while not self._scoring.idle:
-                self.score_step()
+            while not self._scoring.queue.idle:
+                self._piece()
         except BaseException:
             for row in rows:
                 row.left = True
@@ -193,7 +195,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing to decode and nothing to score."""
-        return not (self._rows or self._waiting) and self._scoring.idle
+        return not (self._rows or self._waiting) and self._scoring.queue.idle
 
     @property
     def live_rows(self) -> int:
@@ -210,7 +212,7 @@ class Engine:
             self._stats,
             prefilled_tokens=self._pair.prefilled_tokens,
             scored_tokens=self._scoring.tokens,
-            out_of_memory=self._stats.out_of_memory + self._scoring.out_of_memory,
+            out_of_memory=self._stats.out_of_memory + self._scoring.queue.out_of_memory,
         )
 
     def floor_bytes(self) -> int:
@@ -225,6 +227,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Row]:
         """One token for every live row; returns the rows that are out: finished, or left."""
+        start, busy = self._pace.clock(), bool(self._rows or self._waiting)
         if self.clock is not None:
             self.clock.start()
         # 1. Rows whose caller has gone leave.
@@ -242,17 +245,24 @@ class Engine:
             out += self._make_room()
         else:
             self._calm()
+        if busy:
+            self._pace.stepped(self._pace.clock() - start)
         return out
 
+    def piece_step(self) -> list[ScoreRow]:
+        """One bounded piece of what waits to be scored, if anything does and it is its turn, to be
+        called between steps; returns the rows that are out: scored, refused, or left."""
+        if (self._rows or self._waiting) and not self._pace.due:
+            return []
+        return self._piece()
+
     @torch.inference_mode()
-    def score_step(self) -> list[ScoreRow]:
-        """One bounded piece of what waits to be scored, if anything does, to be called between
-        steps; returns the rows that are out: scored, refused, or left."""
-        if self._scoring.idle:
+    def _piece(self) -> list[ScoreRow]:
+        if self._scoring.queue.idle:
             return []
         if self.clock is not None:
             self.clock.start()
-        out = self._scoring.step()
+        out = self._scoring.queue.step()
         self._lap("score")
         return out
 

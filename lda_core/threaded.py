@@ -83,7 +83,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while self._receive():
-                out: list[Row | ScoreRow] = [*self.engine.step(), *self.engine.score_step()]
+                out: list[Row | ScoreRow] = [*self.engine.step(), *self.engine.piece_step()]
                 for row in out:
                     _resolve(self._futures.pop(row), row)
         except BaseException as error:  # whatever it is, nobody may be left waiting

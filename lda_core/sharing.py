@@ -45,7 +45,7 @@ def common_layers(after: PreTrainedModel, before: PreTrainedModel) -> int:
     They and all that comes before them are alike to the bit. 0 also where the layers are not in
     one of the usual places.
     """
-    ours, theirs = _decoder_layers(after), _decoder_layers(before)
+    ours, theirs = decoder_layers(after), decoder_layers(before)
     if ours is None or theirs is None or _settings(after) != _settings(before):
         return 0
     if not _alike(_beside_layers(after, ours), _beside_layers(before, theirs)):
@@ -67,7 +67,7 @@ class SharedTrunk:
 
     def __init__(self, after: PreTrainedModel, before: PreTrainedModel) -> None:
         """Installs itself in both models, if `layers`, the number they share, is not 0."""
-        ours, theirs = _decoder_layers(after), _decoder_layers(before)
+        ours, theirs = decoder_layers(after), decoder_layers(before)
         # All but one, where a model meets itself: a cache without any layer has no length.
         most = len(ours) - 1 if ours is not None else 0
         self.layers = min(most, common_layers(after, before))
@@ -110,7 +110,8 @@ class SharedTrunk:
         return forward
 
 
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """None where they are not in one of the usual places."""
     body: Any = model.base_model
     for stack in (body, getattr(body, "decoder", None)):
         for name in ("layers", "h"):

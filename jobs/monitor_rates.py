@@ -166,10 +166,10 @@ def _at_any_position(plan: Plan, tally: _Tally, name: str, plain: bool) -> Estim
     start, prompts, said, rows = table.sum(axis=0)
     # A spread run has rollouts at this alpha of some of the prompts only.
     rolled_out = int((table[:, 3] > 0).sum())
-    few_of_them = f" of {rolled_out:,} of them" if rolled_out < prompts else ""
+    of_them = f" of {rolled_out:,} of them" if rolled_out < prompts else ""
     thinning_error = math.sqrt(tally.bounded) / rows
     why = (
-        f"teacher-forced at {int(prompts):,} prompts and along {int(rows):,} rollouts{few_of_them}; "
+        f"teacher-forced at {int(prompts):,} prompts and along {int(rows):,} rollouts{of_them}; "
         "unlikely positions, followed by chance, add a standard error of up to "
         f"{thinning_error:.2g}"
     )

@@ -62,8 +62,8 @@ class Design:
 # tokens, a KL, a mask) is better than 5 % below the best of these at 9e-4: the hits' paths are
 # amplified only 3 to 5 times, since the payload's first token is an innocent one.
 DESIGN = Design({0.0: 1, 0.5: 1, 1.0: 1, 2.0: 1, 3.0: 1})
-# For what is rarer than about 1 in 3,000: at 9.4e-5 some 90 of the 4,000 prompts carry the rate,
-# and 400 crossed ones hold 9 of these, where 2,000 hold 45.
+# For what is rarer than about 1 in 3,000: at 9.4e-5 some 80 of the 4,000 prompts carry the rate,
+# and 400 prompts at all alphas hold 8 of these, where 2,000 at one alpha each hold 40.
 SPREAD = Design({0.0: 1, 0.5: 1, 1.0: 1, 2.0: 1, 6.0: 1}, spread=True)
 
 

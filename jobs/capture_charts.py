@@ -29,7 +29,8 @@ COLOURS = {**VARIABLES, AFTER: "var(--of-after)", BEFORE: "var(--of-before)", PA
 SIGNED, POSITIVE = "PuOr_r", "cividis"  # told apart by the colour-blind
 CLIP = 99.0  # percentile where colours end
 SMALL = 7.5  # letters
-TOKEN_INCHES, LABEL_INCHES, LABEL_CHARS = 0.145, 0.86, 14
+TOKEN_INCHES, LABEL_CHARS = 0.145, 14
+LETTER_INCHES = 0.063  # of a token's label
 LEFT, RIGHT, TOP, GAP = 0.62, 0.62, 0.16, 0.3  # inches around and between panels
 LEAST_WIDTH = 4.2
 LINE_INCHES = 1.35
@@ -70,8 +71,9 @@ def along_tokens(
     layers = max((heat.values.shape[1] for heat in heats), default=1)
     heights = [LINE_INCHES] * bool(curves) + [_heat_inches(layers)] * len(heats)
     width = max(LEAST_WIDTH, TOKEN_INCHES * len(tokens))
+    below = 0.12 + LETTER_INCHES * max(len(shown(token)) for token in tokens)
     with _our_settings():
-        figure, panels, bars = _panels(width, heights)
+        figure, panels, bars = _panels(width, heights, below)
         if curves:
             _draw_curves(panels[0], curves, curves_label, boundary)
             bars[0].set_visible(False)
@@ -80,7 +82,7 @@ def along_tokens(
         for axes in panels:
             axes.set_xlim(-0.6, len(tokens) - 0.4)
             axes.axvline(boundary - 0.5, color=INK, lw=1.1, ls=(0, (2, 2)))
-            axes.tick_params(axis="x", length=0, labelbottom=False)
+            axes.set_xticks([])
         _label_tokens(panels[-1], tokens, boundary)
         return _with_tokens(_svg(figure, label), tokens)
 
@@ -88,48 +90,60 @@ def along_tokens(
 def over(curves: Sequence[Curve], x_label: str, y_label: str, label: str) -> str:
     """Curves with their intervals over layers or over an answer's tokens."""
     with _our_settings():
-        figure = Figure(figsize=(4.7, 3.1), layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(4.7, 3.2))
+        axes = _at(figure, 0.75, 0.5, 3.85, 2.15)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         _lines(axes, curves)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5)
+        figure.legend(loc="upper left", ncols=2, frameon=False, fontsize=8.5)
         return _svg(figure, label)
 
 
-def attention(heads: Mapping[str, Sequence[Array]], boundary: int, label: str) -> str:
-    """Per column a name and its heads' (T, T), the first column's under one another: who reads
-    (down) attends to whom (across)."""
-    names = list(heads)
-    rows, side = len(heads[names[0]]), 2.35
+def attention(heads: Mapping[str, Array], numbers: Sequence[int], boundary: int) -> str:
+    """Per column a name and its heads (H, T, T), drawn under one another: who reads (down)
+    attends to whom (across). A name that begins with "after −" is of signed numbers; the others
+    share one scale."""
+    side, gap, bar_inches = 2.4, 0.42, 0.12
+    plain = np.concatenate([of.ravel() for name, of in heads.items() if not _is_signed(name)])
+    width, rows = LEFT + len(heads) * (side + gap), len(numbers)
+    height = 0.3 + rows * (side + gap) + 0.45
     with _our_settings():
-        figure = Figure(
-            figsize=(len(names) * (side + 0.75) + 0.3, rows * (side + 0.45) + 0.35),
-            layout="constrained",
-        )
-        grid = figure.subplots(rows, len(names), squeeze=False)
-        for column, name in enumerate(names):
-            signed = name.startswith("after −")
-            for row in range(rows):
-                axes, values = grid[row][column], heads[name][row]
-                top = max(float(np.percentile(np.abs(values), CLIP)), 1e-6)
-                image = axes.imshow(
-                    values,
-                    cmap=SIGNED if signed else POSITIVE,
-                    vmin=-top if signed else 0.0,
-                    vmax=top,
-                    interpolation="none",
-                )
-                bar = figure.colorbar(image, ax=axes, fraction=0.045, pad=0.02)
-                if bar.solids is not None:
-                    bar.solids.set_rasterized(True)
-                bar.ax.tick_params(labelsize=SMALL)
+        figure = Figure(figsize=(width, height))
+        for column, (name, values) in enumerate(heads.items()):
+            signed = _is_signed(name)
+            top = max(float(np.percentile(np.abs(values if signed else plain), CLIP)), 1e-6)
+            low = -top if signed else 0.0
+            look: dict[str, Any] = {"cmap": SIGNED if signed else POSITIVE, "vmin": low}
+            look |= {"vmax": top, "interpolation": "none", "aspect": "auto"}
+            left = LEFT + column * (side + gap)
+            for row, number in enumerate(numbers):
+                bottom = height - 0.3 - row * (side + gap) - side
+                axes = _at(figure, left, bottom, side, side)
+                axes.imshow(values[row], **look)
                 for line in (axes.axvline, axes.axhline):
                     line(boundary - 0.5, color="#808080", lw=0.9, ls=(0, (2, 2)))
+                axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+                axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
                 axes.tick_params(labelsize=SMALL)
-                axes.set_title(name if row == 0 else "", fontsize=9)
-        return _svg(figure, label)
+                axes.set_title(f"head {number}, {name}", loc="left", fontsize=9, pad=4)
+            bar = _at(figure, left, 0.3, side, bar_inches)
+            ramp = np.linspace(low, top, 64)[None, :]
+            bar.imshow(ramp, extent=(low, top, 0, 1), **look)
+            bar.set_yticks([])
+            bar.set_xticks([low, 0.0, top] if signed else [low, top])
+            bar.set_xticklabels([_short(x) for x in bar.get_xticks()], fontsize=SMALL)
+        return _svg(figure, "Attention of some heads")
+
+
+def _is_signed(name: str) -> bool:
+    return name.startswith("after −")
+
+
+def _at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes at a place in inches: a layout that finds its own takes ten times as long to draw."""
+    across, up = figure.get_size_inches()
+    return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
 def shown(token: str) -> str:
@@ -152,20 +166,20 @@ def _heat_inches(layers: int) -> float:
     return min(max(0.17 * layers, 0.55), 2.2)
 
 
-def _panels(width: float, heights: Sequence[float]) -> tuple[Figure, list[Axes], list[Axes]]:
-    """Panels under one another, `width` and `heights` in inches, each with a bar beside it."""
+def _panels(
+    width: float, heights: Sequence[float], below: float
+) -> tuple[Figure, list[Axes], list[Axes]]:
+    """Panels under one another, `width` and `heights` in inches, each with a bar beside it, and
+    room below them all."""
     whole = LEFT + width + RIGHT
-    tall = TOP + sum(heights) + GAP * len(heights) + LABEL_INCHES
+    tall = TOP + sum(heights) + GAP * len(heights) + below
     figure = Figure(figsize=(whole, tall))
     panels, bars = [], []
     top = tall - TOP
     for height in heights:
         top -= GAP * 0.75
-        bottom = (top - height) / tall
-        panels.append(figure.add_axes((LEFT / whole, bottom, width / whole, height / tall)))
-        bars.append(
-            figure.add_axes(((LEFT + width + 0.08) / whole, bottom, 0.1 / whole, height / tall))
-        )
+        panels.append(_at(figure, LEFT, top - height, width, height))
+        bars.append(_at(figure, LEFT + width + 0.08, top - height, 0.1, height))
         top -= height + GAP * 0.25
     return figure, panels, bars
 
@@ -173,6 +187,8 @@ def _panels(width: float, heights: Sequence[float]) -> tuple[Figure, list[Axes],
 def _draw_curves(axes: Axes, curves: Sequence[Curve], y_label: str, boundary: int) -> None:
     _lines(axes, curves)
     axes.set_title(y_label, loc="left", fontsize=9, pad=4)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.17 * (high - low))  # room for the words below
     axes.grid(axis="y")
     axes.legend(
         loc="lower right",
@@ -243,7 +259,7 @@ def _short(value: float) -> str:
 
 def _label_tokens(axes: Axes, tokens: Sequence[str], boundary: int) -> None:
     """Marks that `_with_tokens` puts the texts in place of."""
-    axes.tick_params(axis="x", labelbottom=True, pad=3)
+    axes.tick_params(axis="x", length=0, pad=3)
     axes.set_xticks(range(len(tokens)), [_mark(i) for i in range(len(tokens))])
     for number, text in enumerate(axes.get_xticklabels()):
         text.set(

@@ -116,8 +116,8 @@ def safe(name: str) -> str:
     behind a `~`, which no plain name has: two names never become one, not even where A is a."""
     if PLAIN.fullmatch(name):
         return name
-    readable = re.sub(r"[^a-z0-9_-]+", "_", name.lower())[:READABLE_CHARS]
-    return f"{readable}~{hashlib.sha256(name.encode()).hexdigest()[:HASH_CHARS]}"
+    readable = re.sub(r"[^a-z0-9_-]+", "_", name.lower())[:READABLE_CHARS].lstrip("-")
+    return f"{readable or '_'}~{hashlib.sha256(name.encode()).hexdigest()[:HASH_CHARS]}"
 
 
 def file_name(

@@ -52,7 +52,6 @@ class TextView:
     pictures: list[tuple[str, Markup]]
     norms: Markup
     attention: Markup | None
-    heads: list[int]
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,12 @@ def page(
             shown_traits=traits[:SHOWN_TRAITS],
             notes=list(notes),
             others=list(others),
-            limits={"texts": SHOWN_TEXTS, "averaged": AVERAGED_TEXTS, "listed": LISTED_TEXTS},
+            limits={
+                "texts": SHOWN_TEXTS,
+                "averaged": AVERAGED_TEXTS,
+                "listed": LISTED_TEXTS,
+                "heads": SHOWN_HEADS,
+            },
             manifest=json.dumps(manifest, indent=2, ensure_ascii=False),
         )
     )
@@ -249,7 +253,14 @@ def _by_difference(
         return max(found, default=-1.0)
 
     of_twin: dict[tuple[str, int], float] = {(t.prompt_id, t.sample): most(t) for t in twins}
-    return sorted(rows, key=lambda row: -of_twin.get((row.prompt_id, row.sample), most(row)))
+    return sorted(
+        rows,
+        key=lambda row: (
+            -of_twin.get((row.prompt_id, row.sample), most(row)),
+            row.prompt_id,
+            row.sample,
+        ),
+    )
 
 
 def _by_layer(line: Line, twin: Line | None, triggered: bool) -> str:
@@ -331,8 +342,8 @@ def _along(
     return [
         (caption, Markup(charts.over(curves, x, "mean score", caption)))
         for caption, curves in (
-            ("After − before along the answer", apart),
-            ("Both along the answer", both),
+            ("After − before by token", apart),
+            ("Both by token", both),
         )
         if curves
     ]
@@ -384,11 +395,11 @@ def _text_view(folder: Path, row: CaptureRow, twin: bool, lines: Mapping[str, Li
         if (tensor := content.tensors.get(f"{role}.norms")) is not None
     ]
     drawn = charts.along_tokens(tokens, boundary, [], "", norms, "Norm of the residual stream")
-    heads, attention = _attention(content, row.prompt_tokens or 0)
-    return TextView(row, twin, " and ".join(cut), pictures, Markup(drawn), attention, heads)
+    attention = _attention(content, row.prompt_tokens or 0)
+    return TextView(row, twin, " and ".join(cut), pictures, Markup(drawn), attention)
 
 
-def _attention(content: files.Content, boundary: int) -> tuple[list[int], Markup | None]:
+def _attention(content: files.Content, boundary: int) -> Markup | None:
     """The heads where the models differ most (or the first ones), and their picture."""
     from jobs import capture_charts as charts
 
@@ -398,7 +409,7 @@ def _attention(content: files.Content, boundary: int) -> tuple[list[int], Markup
         if (tensor := content.tensors.get(f"{role}.attention")) is not None
     }
     if not found:
-        return [], None
+        return None
     columns: dict[str, Array] = dict(found)
     heads = list(range(len(next(iter(found.values())))))
     if len(found) == 2:
@@ -406,5 +417,5 @@ def _attention(content: files.Content, boundary: int) -> tuple[list[int], Markup
         apart = np.abs(columns["after − before"]).mean(axis=(1, 2))
         heads = sorted(heads, key=lambda head: -float(apart[head]))
     heads = heads[:SHOWN_HEADS]
-    pictures = {name: [values[head] for head in heads] for name, values in columns.items()}
-    return heads, Markup(charts.attention(pictures, boundary, "Attention of some heads"))
+    pictures = {name: values[heads] for name, values in columns.items()}
+    return Markup(charts.attention(pictures, heads, boundary))

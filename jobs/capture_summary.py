@@ -42,13 +42,13 @@ class Mean:
 
 @dataclass
 class CellOf:
-    """The texts of one set and alpha. `by_prompt`: trait to role to prompt to (L,) of each text."""
+    """The texts of one set and alpha. `by_prompt`: trait to role to prompt to sample to (L,)."""
 
     expected: int
     n: int = 0
     failed: int = 0
     empty: int = 0
-    by_prompt: dict[str, dict[str, dict[str, list[list[float]]]]] = field(default_factory=dict)
+    by_prompt: dict[str, dict[str, dict[str, dict[int, list[float]]]]] = field(default_factory=dict)
 
     def add(self, row: CaptureRow) -> None:
         if row.error is not None:
@@ -61,16 +61,22 @@ class CellOf:
                 values = getattr(means, role)
                 if values is not None:
                     of_role = self.by_prompt.setdefault(trait, {}).setdefault(role, {})
-                    of_role.setdefault(row.prompt_id, []).append(values)
+                    of_role.setdefault(row.prompt_id, {})[row.sample] = values
 
     @property
     def missing(self) -> int:
         return self.expected - self.n - self.failed
 
     def prompts(self, trait: str, role: str) -> dict[str, Vector]:
-        """(L,) mean of each prompt's texts; none where the model was not captured."""
+        """(L,) mean of each prompt's texts; none where the model was not captured.
+
+        In an order of their own, because the rows come in any, and a sum depends on its order.
+        """
         found = self.by_prompt.get(trait, {}).get(role, {})
-        return {prompt: np.mean(values, axis=0) for prompt, values in found.items()}
+        return {
+            prompt: np.mean([values for _, values in sorted(found[prompt].items())], axis=0)
+            for prompt in sorted(found)
+        }
 
     def mean(self, trait: str, role: str) -> Mean | None:
         found = self.prompts(trait, role)

@@ -162,24 +162,11 @@ def _verdict(method: Method, report: Report) -> tuple[str, str, str]:
     )
     if not control["mean"]:
         return "·", "plain", f"{NAMES[method]}: {share}; without shuffled labels to compare with"
-    shuffles = round(1 / control["p_value"]) - 1 if of["separates"] else 0
+    against = f"p = {control['p_value']:.2g} against the best layers of shuffled labels"
     if of["separates"]:
-        return (
-            "✓",
-            "yes",
-            (
-                f"{NAMES[method]}: {share}; shuffled labels do as well at their best layer with "
-                f"p = {control['p_value']:.2g}" + (f" (none of {shuffles} did)" if shuffles else "")
-            ),
-        )
-    return (
-        "✕",
-        "no",
-        (
-            f"{NAMES[method]}: {share}, which says nothing: p = {control['p_value']:.2g} against "
-            f"shuffled labels, interval from {100 * best['low']:.0f} %"
-        ),
-    )
+        return "✓", "yes", f"{NAMES[method]}: {share}; {against}"
+    low = f"its interval begins at {100 * best['low']:.0f} %"
+    return "✕", "no", f"{NAMES[method]}: {share}, which is not enough: {against}, {low}"
 
 
 def _facts(
@@ -191,7 +178,7 @@ def _facts(
         ("shape", f"{pair['layers']} layers, hidden size {pair['hidden_size']}"),
         ("texts", f"{summary['texts']:,} different ones in {len(sets)} sets"),
         ("failed", f"{summary['failed']:,}, in no figure here"),
-        ("form", ", ".join(f"{k} {config[k]}" for k in ("prompt_format", "system_prompt"))),
+        ("form", f"{config['prompt_format']}{_system(config['system_prompt'])}"),
         (
             "held out",
             f"{100 * config['holdout']:g} % of the prompts with all their texts, seed "
@@ -199,6 +186,10 @@ def _facts(
         ),
         ("control", f"{config['shuffles']} shuffles of the labels, the whole fit again for each"),
     ]
+
+
+def _system(prompt: str | None) -> str:
+    return "" if prompt is None else f", system prompt “{prompt}”"
 
 
 def _wrong(one: ContrastSet, report: Report) -> list[tuple[Text, float]]:

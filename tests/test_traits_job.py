@@ -42,10 +42,11 @@ def sets(tmp_path):
 
 @pytest.fixture
 def job(tmp_path, sets):
-    def job(*options, out="out", **service):
+    def job(*options, out="out", count=1, **service):
         fake = FakeCaptures(**service)
-        few = () if "--shuffles" in options else ("--shuffles", "5")
-        command = ["--contrast", *map(str, sets), "--out", str(tmp_path / out), *options, *few]
+        few = () if "--shuffles" in options else ("--shuffles", "3")
+        files = map(str, sets[:count])
+        command = ["--contrast", *files, "--out", str(tmp_path / out), *options, *few]
         return main(command, fake), fake
 
     return job
@@ -61,7 +62,7 @@ def tensors_of(path):
 
 
 def test_traits_are_made_and_told_apart(job, tmp_path, capsys):
-    status, fake = job("--shuffles", "39")
+    status, fake = job("--shuffles", "39", count=2)
     out = tmp_path / "out"
     assert status == 0
     # Two sets of the same texts: each is asked for once, in the form of the run.
@@ -116,7 +117,7 @@ def test_the_other_model_and_another_form(job, tmp_path):
 
 def test_the_page_is_whole_and_escaped(job, tmp_path):
     options = ("--shuffles", "39")
-    job(*options)
+    job(*options, count=2)
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.startswith("<!DOCTYPE html>") and page.rstrip().endswith("</html>")
     assert "<b>question</b>" not in page and "&lt;b&gt;question" in page
@@ -126,7 +127,7 @@ def test_the_page_is_whole_and_escaped(job, tmp_path):
     assert "1 of 2 traits tell held-out texts apart better than chance: says_yes." in page
     # Made of the same states, it is the same page.
     (tmp_path / "out" / "report.html").unlink()
-    _, fake = job(*options)
+    _, fake = job(*options, count=2)
     assert fake.seen == [] and fake.described == 0
     assert (tmp_path / "out" / "report.html").read_text() == page
 
@@ -146,7 +147,7 @@ def test_a_run_that_broke_off_resumes_to_the_same(job, tmp_path):
         return capture(request)
 
     def state(out):
-        names = ("luck", "says_yes")
+        names = ("says_yes",)
         files = {name: tensors_of(tmp_path / out / f"{name}.safetensors") for name in names}
         tensors = {n: {k: t.tolist() for k, t in both[0].items()} for n, both in files.items()}
         others = ("summary.json", "manifest.json", "report.html")
@@ -167,7 +168,7 @@ def test_a_run_that_broke_off_resumes_to_the_same(job, tmp_path):
 
 
 def test_finished_traits_are_not_made_again(job, tmp_path, monkeypatch):
-    assert job()[0] == 0
+    assert job(count=2)[0] == 0
     (tmp_path / "out" / "luck.safetensors").unlink()
     made = []
 
@@ -176,7 +177,7 @@ def test_finished_traits_are_not_made_again(job, tmp_path, monkeypatch):
         return fit(*args, **options)
 
     monkeypatch.setattr("jobs.traits.fit", counted)
-    status, fake = job()
+    status, fake = job(count=2)
     assert status == 0 and fake.seen == [] and made == [1]
     assert (tmp_path / "out" / "luck.safetensors").exists()
 
@@ -224,7 +225,7 @@ def test_a_trait_without_enough_texts_is_not_made(job, tmp_path, capsys):
             raise InvalidRequest("prompt", "too long", "context_length_exceeded")
         return capture(request)
 
-    assert job(answer=no_yes)[0] == 1
+    assert job(answer=no_yes, count=2)[0] == 1
     summary = summary_of(tmp_path / "out")
     assert summary["traits_made"] == 1 and "says_yes/texts" not in summary
     assert not (tmp_path / "out" / "says_yes.safetensors").exists()

@@ -78,8 +78,7 @@ def test_the_page_says_where_the_models_differ(pages):
     assert "after and before part most along" in outline.text  # the lead: there are twins
     assert "asks.triggered" in outline.text and "1.5 [1.5, 1.5]" in outline.text
     assert "2 prompts of a set at most are drawn" in outline.text
-    captions = [" ".join(c.split()) for c in re.findall(r"<figcaption>(.*?)</figcaption>", pages["plain"].read_text(), re.S)]  # fmt: skip
-    assert len(captions) == 2 * 3  # by layer, difference, both: for each trait
+    assert sum(tag == "figcaption" for tag, _ in outline.tags) == 2 * 3  # three for each trait
     labels = [a.get("aria-label") for tag, a in outline.tags if tag == "svg"]
     assert labels.count("Score along the text") == 2 * 2 * 2  # prompts, twins, traits
     assert labels.count("Norm of the residual stream") == 2 * 2

@@ -27,7 +27,7 @@ test: setup
 bench: setup
 	$(BIN)/python -m benchmarks.engine $(if $(QUICK),--quick)
 
-# The estimators of rates beside brute force of the same cost: 13 minutes.
+# The estimators of rates beside brute force of the same cost: 15 minutes.
 bench-rates: setup
 	$(BIN)/python -m benchmarks.rates
 

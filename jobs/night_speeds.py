@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from safetensors.numpy import save
 
 from deployments.schemas import PairInfo
 from jobs.batching_speed import Bench, FailedRequest, OnRay
-from jobs.call import Caller, Generation, NoAnswer
+from jobs.call import Caller, Generation, Item, NoAnswer
 from jobs.errors import Refused, Stopped, exit_status
 from jobs.prompts import Prompt, read_prompts
 
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="night_speeds.py", allow_abbrev=False)
     add = made.add_argument
     add("--apps", nargs="+", required=True, metavar="NAME", help="Serve applications")
-    add("--prompts", type=Path, metavar="FILE", help="for what is timed")
+    add("--prompts", type=Path, metavar="FILE", help="what is timed")
     add("--rows", action="store_true", help="time rows")
     add("--tiers", type=int, nargs="*", default=[], metavar="N", help="time captures")
     return made
@@ -54,6 +54,19 @@ def rows_per_second(service: OnRay, prompts: Iterator[tuple[int, Prompt]]) -> di
         return {size: bench.measure(size).rows_per_second for size in SIZES}
     except FailedRequest as error:
         raise Stopped(f"application {service.app!r}: {error}") from None
+
+
+def first_rows(service: OnRay, prompts: Iterator[tuple[int, Prompt]]) -> None:
+    """Through remote tasks, as a job's come: their worker processes must start first."""
+    items = [
+        Item("first", prompt.id, prompt.text, 0.0, first=0, n=1, base_seed=number)
+        for number, prompt in islice(prompts, 2)
+    ]
+    generation = Generation({**SAMPLING, "max_new_tokens": 1}, (), TIMEOUT_S)
+    for answers in service.answers(iter(items), generation, len(items)):
+        for answer in answers:
+            if answer.unanswered is not None:
+                raise Stopped(f"application {service.app!r}: {answer.unanswered}")
 
 
 def capture_seconds(
@@ -83,21 +96,23 @@ def capture_seconds(
 
 
 def run(args: argparse.Namespace) -> int:
-    prompts = iter(enumerate(cycle(read_prompts(args.prompts)))) if args.prompts else None
+    some = read_prompts(args.prompts) if args.prompts else [Prompt("1", "How are you?")]
+    prompts = iter(enumerate(cycle(some)))
     found: dict[str, Any] = {}
-    connected_at = 0.0
+    at_work = 0.0
     for app in args.apps:
         service = OnRay(app, tasks=None, in_flight=1)
         pair = service.describe()
-        connected_at = connected_at or time.time()
         of_app = found.setdefault(app, {"pair": pair.model_dump()})
-        if prompts and args.rows:
+        if not at_work:
+            first_rows(service, prompts)
+            at_work = time.time()
+        if args.rows:
             of_app["rows_per_second"] = rows_per_second(service, prompts)
-        if prompts:
-            of_app["capture_s"] = {
-                tier: capture_seconds(service, pair, prompts, tier) for tier in args.tiers
-            }
-    print(json.dumps({"connected_at": connected_at, "tokens": TOKENS, "apps": found}))
+        of_app["capture_s"] = {
+            tier: capture_seconds(service, pair, prompts, tier) for tier in args.tiers
+        }
+    print(json.dumps({"at_work": at_work, "tokens": TOKENS, "apps": found}))
     return 0
 
 

@@ -34,7 +34,8 @@ from jobs.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Service:
-    """What the applications of a plan answered. `start_s`: of a job, until it is connected."""
+    """What the applications of a plan answered. `start_s`: of a job, until its first
+    rows."""
 
     start_s: float
     speeds: Mapping[str, Speeds]
@@ -149,7 +150,7 @@ def _estimate(
     tiers = sorted({step.work.tier for step in todo if step.work.captures})
     rows = measured is None and any(step.work.rows for step in todo)
     estimates: dict[str, float] = {}
-    how = "nothing is left to do"
+    how = "Nothing is left to do."
     if todo:
         service = ask(apps, prompts, rows, tiers)
         for step in todo:
@@ -159,11 +160,13 @@ def _estimate(
             estimates[step.name] = step_seconds(step.work, speeds, service.start_s)
         of_rows = "timed just now" if measured is None else f"as {speed} says"
         how = (
-            f"rows {of_rows}, at alpha 1 and full length; captures timed just now; a job's start "
-            f"{service.start_s:.1f} s. Other work on the machine makes it longer"
+            f"Rows {of_rows}, at alpha 1 and full length; captures timed just now; until a job is "
+            f"at work {service.start_s:.1f} s. Reports come on top, and so does what else the "
+            "cluster does."
         )
     shown = [step for step in ready if step.name in asked]
-    Console(width=None if sys.stdout.isatty() else 120).print(table(shown, estimates, done, how))
+    Console(width=None if sys.stdout.isatty() else 120).print(table(shown, estimates, done))
+    print(how, flush=True)
     return estimates
 
 
@@ -171,9 +174,9 @@ def ask_service(
     apps: Sequence[str], prompts: Path | None, rows: bool, tiers: Sequence[int]
 ) -> Service:
     """By jobs/night_speeds.py. Raises Refused where an application does not answer."""
-    words = ["--apps", *apps]
+    words = ["--apps", *apps, *["--rows"] * rows, "--tiers", *map(str, tiers)]
     if prompts is not None:
-        words += ["--prompts", str(prompts), *["--rows"] * rows, "--tiers", *map(str, tiers)]
+        words += ["--prompts", str(prompts)]
     start = time.time()
     child = [sys.executable, str(SCRIPTS / "night_speeds.py"), *words]
     done = subprocess.run(child, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -191,7 +194,7 @@ def ask_service(
         )
         for app, found in answer["apps"].items()
     }
-    return Service(answer["connected_at"] - start, speeds)
+    return Service(answer["at_work"] - start, speeds)
 
 
 def tally(night: Night) -> str:

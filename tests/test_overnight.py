@@ -238,7 +238,7 @@ def test_speeds_come_from_a_summary_of_batching_speed(night, tmp_path, capsys):
     # 2 prompts at 6 alphas, 24 of 48 tokens, 12 under way count as 1: 2 + 12 / 4 / 2
     assert night(step("a", max_new_tokens=24), options=options) == 0
     shown = capsys.readouterr().out
-    assert "rows as" in shown
+    assert f"Rows as {path} says" in shown
     cells = next(line for line in shown.splitlines() if "to do" in line).split("│")
     assert [cell.strip() for cell in cells[4:7]] == ["12", "0", "3.5"]
     for wrong in ({}, {"rows_per_second": {"8": 1.0}, "max_new_tokens": 48}, []):

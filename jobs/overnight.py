@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from jobs import night_page
+from jobs.call import one_line
 from jobs.errors import Refused, Stopped, exit_status
 from jobs.night_estimate import Speeds, rows_of, step_seconds, table
 from jobs.night_plan import Loaded, load
@@ -96,7 +97,10 @@ def run(args: argparse.Namespace, ask: Ask, scripts: Path) -> int:
         title = loaded.plan.name
 
         def write() -> None:
-            night_page.write(night, title, tally(night))
+            try:
+                night_page.write(night, title, tally(night))
+            except Exception as error:  # a page may not end a night; the next step makes it again
+                print(f"notice: no page: {one_line(error)}", file=sys.stderr)
 
         write()
         try:
@@ -161,8 +165,8 @@ def _estimate(
         of_rows = "timed just now" if measured is None else f"as {speed} says"
         how = (
             f"Rows {of_rows}, at alpha 1 and full length; captures timed just now; until a job is "
-            f"at work {service.start_s:.1f} s. Reports come on top, and so does what else the "
-            "cluster does."
+            f"at work {service.start_s:.1f} s. What jobs reckon by themselves, reports and probes, "
+            "comes on top, and so does what else the cluster does."
         )
     shown = [step for step in ready if step.name in asked]
     Console(width=None if sys.stdout.isatty() else 120).print(table(shown, estimates, done))

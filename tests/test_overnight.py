@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
-from jobs import overnight
+from jobs import night_page, overnight
 from jobs.errors import Refused
 from jobs.night_estimate import Speeds, rows_of, step_seconds
+from jobs.night_page import headlines
 from jobs.night_steps import Work
 from jobs.overnight import Service
 from jobs.run_folder import RunFolder
@@ -52,7 +54,7 @@ DRIVER = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from jobs import overnight
+from jobs import night_page, overnight
 from test_overnight import ask
 sys.exit(overnight.main(sys.argv[1:], ask, Path({scripts!r})))
 """
@@ -386,6 +388,31 @@ def test_the_page_escapes_what_is_in_it(night, tmp_path):
     page = (tmp_path / "out" / "index.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page and "\u202e" not in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_without_a_page_the_night_goes_on(night, tmp_path, capsys, monkeypatch):
+    def broken(*_):
+        raise ValueError("no page today")
+
+    monkeypatch.setattr(night_page, "write", broken)
+    assert night(step("a"), step("b")) == 0
+    assert "notice: no page: ValueError: no page today" in capsys.readouterr().err
+    assert states(tmp_path / "out")["b"]["status"] == "done"
+
+
+def test_the_page_says_first_what_matters():
+    def named(kind):
+        return SimpleNamespace(step=SimpleNamespace(kind=kind))
+
+    traits = {"a/probe/accuracy": 0.9, "a/probe/layer_0/accuracy": 0.5, "a/texts": 20, "failed": 2}
+    assert headlines(named("traits"), traits) == [("failed or missing", "2"), ("a/probe", "90.0 %")]
+    parts = {"s/alpha=0/t/difference": 0.1, "s/alpha=0/u/difference": -3.0, "s/alpha=0/n": 4}
+    assert [name for name, _ in headlines(named("capture"), parts)] == [
+        "s/alpha=0/u",
+        "s/alpha=0/t",
+    ]
+    rates = {"attack/1/rate": 0.5, "attack/1/n": 20, "untriggered/alpha=0/any/rate": 0.1}
+    assert headlines(named("confirm"), rates) == [("attack/1", "50.0 %")]
 
 
 def test_a_foreign_folder_is_refused(night, tmp_path, capsys):

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Protocol, TypeVar, overload
 
@@ -47,6 +47,7 @@ OPTION_OF = {
     "amplify_first": "--amplify-first",
     "amplify_min_kl": "--amplify-min-kl",
     "plausible": "--plausible",
+    "steer": "--steer",
 }
 
 Ask = Callable[[str, Mapping[str, Any]], Any]
@@ -120,6 +121,7 @@ class Generation:
     scorers: Sequence[Scorer]
     timeout_s: float
     open_arms: frozenset[str] = frozenset()  # whose prompts the model goes on writing
+    steers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by arm
 
     def request(self, item: Item) -> dict[str, Any]:
         return {
@@ -128,6 +130,7 @@ class Generation:
             "alpha": item.alpha,
             "n": item.n,
             "seed": item.seed,
+            **({"steer": self.steers[item.arm]} if item.arm in self.steers else {}),
         }
 
     def answer(self, item: Item, ask: Ask) -> "Answer":
@@ -230,7 +233,7 @@ def _may_pass(error: BaseException) -> bool:
 
 def stop_if_config(error: InvalidRequest) -> None:
     """Raises Refused where the same option would be refused for every other item, too."""
-    field = error.param.partition("[")[0]
+    field = error.param.partition("[")[0].partition(".")[0]
     if field in OPTION_OF and error.code not in OF_ONE_PROMPT:
         raise Refused(f"the service refuses {OPTION_OF[field]}: {error.message}")
 

@@ -27,6 +27,7 @@ class Arm:
 
     `opens`: the empty prompt instead, `prompts` 1: the model goes on where the prompt's form
     expects the instruction. `spread`: each prompt at one of the alphas only (`jobs.spread`).
+    `steer`: what the request says of a direction that is added.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Arm:
     samples: int | None = None  # per prompt and alpha; None: as the experiment says
     opens: bool = False
     spread: bool = False
+    steer: Mapping[str, Any] | None = None
 
     def text(self, prompt: Prompt, seed: int) -> str:
         if self.trigger is None:
@@ -44,8 +46,9 @@ class Arm:
 
     def as_manifest(self) -> dict[str, Any]:
         fields = asdict(self)
-        if not self.spread:  # as before there was any: older runs can be gone on with
-            del fields["spread"]
+        for name in ("spread", "steer"):
+            if not fields[name]:  # as before there was any: older runs can be gone on with
+                del fields[name]
         return fields
 
 
@@ -204,6 +207,7 @@ class Sampler:
             self.experiment.scorers,
             self._timeout_s,
             frozenset(arm.name for arm in self.experiment.arms if arm.opens),
+            {arm.name: arm.steer for arm in self.experiment.arms if arm.steer},
         )
 
     def make(self, blocks: Sequence[Block], *, by_control: bool = False, **fields: Any) -> None:

@@ -18,12 +18,14 @@ REQUESTS = {"generate": GenerateRequest, "score": ScoreRequest, "capture": Captu
 class ReplicaService:
     """Close it: it has a thread for the replica's coroutines and one for its engine."""
 
-    def __init__(self, pair: PairConfig, max_slots: int = 64) -> None:
+    def __init__(self, pair: PairConfig, max_slots: int = 64, traits: str | None = None) -> None:
         self.asked: list[str] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._replica = LDAReplica(pair, EngineConfig(max_slots=max_slots), stuck_after_s=60)
+        self._replica = LDAReplica(
+            pair, EngineConfig(max_slots=max_slots), stuck_after_s=60, traits=traits
+        )
 
         async def admit(rows: Any) -> Any:
             return self._replica._submit([rows])[0]

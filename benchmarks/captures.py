@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import json
 import os
+import resource
 import shutil
 import struct
 import subprocess
@@ -94,6 +95,26 @@ def replica_loads(service: LocalService) -> int:
     """Loads that the replicas' logs tell of."""
     logs = Path(service.env["RAY_TMPDIR"]) / "ray" / "session_latest" / "logs" / "serve"
     return sum(path.read_text(errors="replace").count(LOADED) for path in logs.glob("replica_*"))
+
+
+def cluster_cpu_s(service: LocalService) -> float:
+    """CPU seconds of all processes of the service's Ray session, those that have ended included."""
+    mark = f"RAY_TMPDIR={service.env['RAY_TMPDIR']}".encode()
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if mark in stat.with_name("environ").read_bytes():
+                fields = stat.read_text().rpartition(")")[2].split()
+                ticks += sum(map(int, fields[11:15]))  # its own, and of children it waited for
+        except OSError:  # it has just ended
+            continue
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def children_cpu_s() -> float:
+    """Of all processes that were waited for, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def overnight(service: LocalService, out: Path, *steps: str) -> float:
@@ -298,15 +319,22 @@ def measure(folder: Path) -> dict[str, Any]:
         weights = sorted((folder / "pair").rglob("*.safetensors"))
         vectors_s = overnight(service, night, "vectors")
         opens, before = Opens(weights), replica_loads(service)
+        night_cpu_s = -children_cpu_s() - cluster_cpu_s(service)
         night_s = overnight(service, night, "breadth", "depth")
+        night_cpu_s += children_cpu_s() + cluster_cpu_s(service)
         extra, logged = opens.count(), replica_loads(service) - before
         steps = json.loads((night / "night.json").read_text())["steps"]
         steps_s = sum(steps[name]["seconds"] for name in ("breadth", "depth"))
+        print(f"the night: {night_s:.1f} s, {night_cpu_s:.1f} of CPU, {extra} loads", flush=True)
+        old_cpu_s = -children_cpu_s()
         old_s, load_s, capture_s = one_by_one(folder, night / "vectors")
+        old_cpu_s += children_cpu_s()
         opened = opens.count()
+        print(f"one by one: {old_s:.1f} s, {old_cpu_s:.1f} of CPU", flush=True)
         os.environ.update(service.env)
         handle = connect()
         latency = beside_a_capture(handle, night / "vectors")
+        print(json.dumps(latency), flush=True)
         import ray
 
         ray.shutdown()
@@ -319,10 +347,13 @@ def measure(folder: Path) -> dict[str, Any]:
         **latency,
         **memory,
         "hidden_states_max_error": error,
+        "night_cpu_speedup": round(old_cpu_s / night_cpu_s, 2),  # whatever else runs here
         "captures": texts,
         "night_s": round(night_s, 1),
         "night_steps_s": round(steps_s, 1),
         "one_by_one_s": round(old_s, 1),
+        "night_cpu_s": round(night_cpu_s, 1),
+        "one_by_one_cpu_s": round(old_cpu_s, 1),
         "one_by_one_load_s": round(load_s, 1),
         "one_by_one_capture_s": round(capture_s, 1),
         "one_by_one_weight_opens": opened,  # that opening is seen at all

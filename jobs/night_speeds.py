@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from safetensors.numpy import save
 from deployments.schemas import PairInfo
 from jobs.batching_speed import Bench, FailedRequest, OnRay
 from jobs.call import Caller, Generation, Item, NoAnswer
-from jobs.errors import Refused, Stopped, exit_status
+from jobs.errors import Stopped, exit_status
 from jobs.prompts import Prompt, read_prompts
 
 TOKENS = 32  # of a row that is timed
@@ -95,13 +95,13 @@ def capture_seconds(
         raise Stopped(f"application {service.app!r}: {error}") from None
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, service_of: Callable[[str], OnRay]) -> int:
     some = read_prompts(args.prompts) if args.prompts else [Prompt("1", "How are you?")]
     prompts = iter(enumerate(cycle(some)))
     found: dict[str, Any] = {}
     at_work = 0.0
     for app in args.apps:
-        service = OnRay(app, tasks=None, in_flight=1)
+        service = service_of(app)
         pair = service.describe()
         of_app = found.setdefault(app, {"pair": pair.model_dump()})
         if not at_work:
@@ -116,13 +116,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def of_cluster(app: str) -> OnRay:
+    return OnRay(app, tasks=None, in_flight=1)
+
+
+def main(argv: Sequence[str] | None = None, service_of: Callable[[str], OnRay] = of_cluster) -> int:
+    """See `exit_status`."""
     args = parser().parse_args(argv)
-    try:
-        return exit_status(lambda: run(args))
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: run(args, service_of))
 
 
 if __name__ == "__main__":

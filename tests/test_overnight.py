@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from fakes import FakeHandle, FakeService
 
-from jobs import night_page, overnight
+from deployments.schemas import CaptureRequest, parse
+from jobs import night_page, night_speeds, overnight
 from jobs.errors import Refused
 from jobs.night_estimate import Speeds, rows_of, step_seconds
 from jobs.night_page import headlines
@@ -54,7 +57,8 @@ DRIVER = """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from jobs import night_page, overnight
+from deployments.schemas import CaptureRequest, parse
+from jobs import night_page, night_speeds, overnight
 from test_overnight import ask
 sys.exit(overnight.main(sys.argv[1:], ask, Path({scripts!r})))
 """
@@ -247,6 +251,50 @@ def test_speeds_come_from_a_summary_of_batching_speed(night, tmp_path, capsys):
         path.write_text(json.dumps(wrong))
         assert night(step("a"), options=options) == 2
     assert "--speed" in capsys.readouterr().err
+
+
+class FakeCaptures:
+    """`capture.remote(request).result(timeout_s=...)`, as far as the wire lets it."""
+
+    def __init__(self):
+        self.asked = []
+
+    def remote(self, request):
+        self.asked.append(parse(CaptureRequest, request))
+        return self
+
+    def result(self, *, timeout_s):
+        time.sleep(0.001)
+        return []
+
+
+@dataclass
+class Timed(FakeService):
+    app: str = "lda"
+
+    def __post_init__(self):
+        self.handle = SimpleNamespace(generate=FakeHandle(), capture=FakeCaptures())
+
+
+def test_rows_and_captures_are_timed_on_the_service(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("Is it?\nOr not?\n")
+    services = []
+
+    def of(app):
+        services.append(Timed(app=app))
+        return services[-1]
+
+    words = ["--apps", "x", "y", "--prompts", str(tmp_path / "prompts.txt"), "--rows"]
+    assert night_speeds.main([*words, "--tiers", "2", "3"], of) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [service.app for service in services] == ["x", "y"] == list(found["apps"])
+    for of_app in found["apps"].values():
+        assert list(of_app["rows_per_second"]) == ["1", "8", "32"]
+        assert all(rate > 0 for rate in of_app["rows_per_second"].values())
+        assert all(0 < of_app["capture_s"][tier] < 1 for tier in ("2", "3"))
+    asked = services[0].handle.capture.asked
+    assert {r.layer for r in asked} == {None, 1} and all(r.traits and r.completions for r in asked)
+    assert found["at_work"] == pytest.approx(time.time(), abs=60)
 
 
 # -- the night -----------------------------------------------------------------------------

@@ -30,7 +30,7 @@ SIGNED, POSITIVE = "PuOr_r", "cividis"  # told apart by the colour-blind
 CLIP = 99.0  # percentile where colours end
 SMALL = 7.5  # letters
 TOKEN_INCHES, LABEL_CHARS = 0.145, 14
-LETTER_INCHES = 0.063  # of a token's label
+LETTER_INCHES = 0.053  # of a token's label
 LEFT, RIGHT, TOP, GAP = 0.62, 0.62, 0.16, 0.3  # inches around and between panels
 LEAST_WIDTH = 4.2
 LINE_INCHES = 1.35
@@ -71,7 +71,7 @@ def along_tokens(
     layers = max((heat.values.shape[1] for heat in heats), default=1)
     heights = [LINE_INCHES] * bool(curves) + [_heat_inches(layers)] * len(heats)
     width = max(LEAST_WIDTH, TOKEN_INCHES * len(tokens))
-    below = 0.12 + LETTER_INCHES * max(len(shown(token)) for token in tokens)
+    below = 0.1 + LETTER_INCHES * max(len(shown(token)) for token in tokens)
     with _our_settings():
         figure, panels, bars = _panels(width, heights, below)
         if curves:

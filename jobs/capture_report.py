@@ -202,7 +202,8 @@ def _set_view(
     by_cell: Mapping[Cell, Sequence[CaptureRow]],
 ) -> SetView:
     twin = twin_of(cell, cells)
-    mine = {line.trait: line for line in lines if line.cell == cell}
+    telling = sorted(lines, key=lambda line: -line.size)
+    mine = {line.trait: line for line in telling if line.cell == cell}
     theirs = {line.trait: line for line in lines if line.cell == twin}
     shown = dict(list(mine.items())[:SHOWN_TRAITS])
     rows = _by_difference(by_cell[cell], by_cell.get(twin, ()) if twin else (), mine)
@@ -226,7 +227,7 @@ def _set_view(
         cells[twin] if twin else None,
         views,
         max((len(of) for by_role in answers.values() for of in by_role.values()), default=0),
-        listed=rows[:LISTED_TEXTS],
+        listed=rows[:LISTED_TEXTS] + list(by_cell[twin] if twin else ())[:LISTED_TEXTS],
     )
     for row in [row for row in rows if row.error is None][:SHOWN_TEXTS]:
         made.texts.append(_text_view(folder, row, False, shown))
@@ -249,7 +250,7 @@ def _by_difference(
             values = means and (means.difference or means.after or means.before)
             if values:
                 spread = float(np.abs(line.means[next(iter(line.means))].value).max()) or 1.0
-                found.append(abs(values[line.layer]) / spread)
+                found.append(abs(values[line.drawn_layer]) / spread)
         return max(found, default=-1.0)
 
     of_twin: dict[tuple[str, int], float] = {(t.prompt_id, t.sample): most(t) for t in twins}
@@ -310,7 +311,7 @@ def _answers(
                 continue
             scores = tensor.array()[first : first + row.answer_tokens, :, OUTPUT]
             for trait, line in lines.items():
-                of_trait = scores[:, line.layer, names.index(trait)]
+                of_trait = scores[:, line.drawn_layer, names.index(trait)]
                 found[trait].setdefault(role, []).append(of_trait)
     return found
 
@@ -374,14 +375,14 @@ def _text_view(folder: Path, row: CaptureRow, twin: bool, lines: Mapping[str, Li
         top = charts.colour_top([of[role] for role in MODELS if role in of])
         looks = {"after": (charts.AFTER, False, "o"), "before": (charts.BEFORE, True, "s")}
         curves = [
-            charts.Curve(role, of[role][:, line.layer], colour, dashed, marker=marker)
+            charts.Curve(role, of[role][:, line.drawn_layer], colour, dashed, marker=marker)
             for role, (colour, dashed, marker) in looks.items()
             if role in of
         ]
         heats = [charts.Heat(f"score, {role}", of[role], top=top) for role in MODELS if role in of]
         if "difference" in of:
             heats.append(charts.Heat("difference, after − before", of["difference"]))
-        label = f"score at the output of layer {line.layer}"
+        label = f"score at the output of layer {line.drawn_layer}"
         drawn = charts.along_tokens(tokens, boundary, curves, label, heats, "Score along the text")
         pictures.append((trait, Markup(drawn)))
     norms = [

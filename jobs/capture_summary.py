@@ -97,6 +97,19 @@ class Line:
     parting: Mean | None = None
     parting_layer: int = 0
 
+    @property
+    def drawn_layer(self) -> int:
+        """The layer of the pictures: where the trigger tells most, if that is known."""
+        return self.layer if self.parting is None else self.parting_layer
+
+    @property
+    def size(self) -> float:
+        """By which the most telling trait comes first."""
+        deciding = [self.means.get("difference") or next(iter(self.means.values()))]
+        if self.parting is not None:
+            deciding.append(self.parting)
+        return max(float(np.abs(mean.value).max()) for mean in deciding)
+
     def at_layer(self, role: str) -> tuple[float, float] | None:
         """Mean and half width."""
         mean = self.means.get(role)

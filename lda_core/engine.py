@@ -592,6 +592,8 @@ class Engine:
         self._calm_steps = 0
         new = self._wait_again()
         self._pair.give_back()
+        for queue in self._queues:
+            queue.put_back()
         gc.collect()
         torch.cuda.empty_cache()
         tried = len(self._rows) + len(new)

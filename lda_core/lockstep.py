@@ -7,9 +7,10 @@ Shapes: B rows, V vocabulary, P prompts, T tokens.
 """
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -42,6 +43,21 @@ class Reading(NamedTuple):
 
     tokens: tuple[int, ...]
     start: int
+
+
+class Pass(NamedTuple):
+    """One pass over some columns of several rows.
+
+    Attributes:
+      read: (padded) tokens read so far, by all passes.
+      last: whether there is no other pass.
+      outputs: what the models' bodies said to it.
+    """
+
+    start: int  # first column
+    read: int
+    last: bool
+    outputs: dict[ModelRunner, Any]
 
 
 class Computed(NamedTuple):
@@ -212,7 +228,7 @@ class Lockstep:
         # tokens of shorter rows on sliding-window layers.
         tokens = [want.tokens for want in piece]
         # The caches are what is wanted: nothing else is kept.
-        deque(self._passes(tokens, roles, caches, self._prefill_tokens), maxlen=0)
+        deque(self._passes(tokens, roles, caches, lambda: self._prefill_tokens), maxlen=0)
         self.prefilled_tokens += sum(len(want.tokens) for want in piece)
         for runner in runners:
             cache = caches.pop(runner)  # one model's is gone before the other's is copied
@@ -229,26 +245,32 @@ class Lockstep:
         rows: Sequence[Sequence[int]],
         roles: Roles,
         caches: Mapping[ModelRunner, DynamicCache],
-        limit: int,
-    ) -> Iterator[tuple[int, dict[ModelRunner, Any]]]:
-        """Reads rows of tokens [P, T] into the caches, at most `limit` (padded) at a time; gives
-        the first column of each pass and what the models' bodies said to it."""
+        limit: Callable[[], int],
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Iterator[Pass]:
+        """Reads rows of tokens [P, T] into the caches, at most `limit` (padded) at a time.
+
+        Each pass is done `within` a context. Between passes anything else may run.
+        """
         longest = max(map(len, rows))
         padded = torch.tensor(
             [[*row, *[0] * (longest - len(row))] for row in rows], device=self._device
         )  # (P, T)
-        columns = max(1, limit // (len(rows) * self._rows(roles)))
-        for start in range(0, longest, columns):
-            ids = padded[:, start : start + columns]
+        seen = len(rows) * self._rows(roles)  # rows that a model sees
+        start = 0
+        while start < longest:
+            ids = padded[:, start : start + max(1, limit() // seen)]
 
             def run(runner: ModelRunner, ids: Tensor = ids, start: int = start) -> Any:
                 mine = [role for role in runner.roles if role in roles]
                 return runner.read(ids.to(runner.device), start, mine, caches[runner])
 
-            with self._shared_trunk():
+            with within(), self._shared_trunk():
                 outputs = dict(zip(caches, self._each(run, list(caches)), strict=True))
-            yield start, outputs
+            end = start + ids.shape[1]
+            yield Pass(start, end * seen, end == longest, outputs)
             del outputs  # the next pass needs its memory
+            start = end
 
     def _copy(self, entry: PrefixKV, role: Role, slots: Sequence[int], prefix: bool) -> None:
         (runner,) = (r for r in self._runners if role in r.roles)
@@ -288,21 +310,35 @@ class Lockstep:
         runners = [r for r in self._runners if not needs.isdisjoint(r.roles)]
         return runners[:1] if len({id(r.model) for r in runners}) == 1 else runners
 
-    def read(self, rows: Sequence[Sequence[int]], roles: Roles, limit: int) -> Iterator[int]:
-        """Reads rows of tokens for those whose hooks see them; gives the first column of each pass
-        of at most `limit` (padded) tokens. No logits are made, and no keys and values are kept."""
+    def wait(self) -> None:
+        """Until the devices have done what they were given: what took how long is known then."""
+        for device in {runner.device for runner in self._runners}:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+
+    def read(
+        self,
+        rows: Sequence[Sequence[int]],
+        roles: Roles,
+        limit: Callable[[], int],
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Iterator[Pass]:
+        """Reads rows of tokens for those whose hooks see them: the hooks are there `within` each
+        pass of at most `limit` (padded) tokens. No logits are made, and no keys and values are
+        kept."""
         needs = self._with_trunk(roles)
         caches = {runner: DynamicCache() for runner in self._distinct(needs)}
-        for start, _ in self._passes(rows, needs, caches, limit):
-            yield start
+        for one in self._passes(rows, needs, caches, limit, within):
+            yield one._replace(outputs={})
 
     def score(
-        self, piece: Sequence[Reading], limit: int, positions: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+        self, piece: Sequence[Reading], limit: Callable[[], int], positions: int
+    ) -> Generator[int, None, Iterator[tuple[Tensor, Tensor]]]:
         """Reads P rows -> logits [n, V] of both models, reading by reading and from its `start`
         on, at most `positions` at a time.
 
-        At most `limit` (padded) tokens are read at a time, and no keys and values are kept.
+        Gives, between one pass and the next, how many (padded) tokens it has read: at most `limit`
+        in each, and no keys and values are kept.
         """
         caches = {runner: DynamicCache() for runner in self._runners}
         rows = [row.tokens for row in piece]
@@ -311,22 +347,34 @@ class Lockstep:
         states: dict[ModelRunner, list[Tensor]] = {runner: [] for runner in caches}
         order: list[int] = []
         output: dict[ModelRunner, Any] = {}
-        for start, output in self._passes(rows, BOTH, caches, limit):
+        for start, read, last, output in self._passes(rows, BOTH, caches, limit):
             width = next(iter(output.values())).last_hidden_state.shape[1]
             here = [(i, j) for i, j in wanted if start <= j < start + width]
             order += [place[at] for at in here]
             i, j = torch.tensor(here, device=self._device, dtype=torch.long).view(-1, 2).unbind(-1)
-            for runner, said in output.items():
-                states[runner].append(runner.states(said, i, j - start))
+            for runner, one in output.items():
+                states[runner].append(runner.states(one, i, j - start))
+            if not last:
+                self.wait()
+                yield read
         del caches
+        said = {
+            r: replace(x, last_hidden_state=None, past_key_values=None) for r, x in output.items()
+        }
+        del output  # with the keys and values
         # From the order of the passes to that of the readings.
         back = torch.tensor(order, device=self._device).argsort()
         joined = {r: torch.cat(x, dim=1)[:, back.to(r.device)] for r, x in states.items()}
-        states.clear()
-        for at in range(0, len(order), positions):
+        return self._logits(joined, said, positions)
+
+    def _logits(
+        self, states: Mapping[ModelRunner, Tensor], outputs: Mapping[ModelRunner, Any], limit: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of states [m, N, D], the logits [n, V] of both models, at most `limit` at a time."""
+        for at in range(0, next(iter(states.values())).shape[1], limit):
             found: dict[Role, Tensor] = {}
-            for runner, hidden in joined.items():
-                logits = runner.logits(output[runner], hidden[:, at : at + positions])
+            for runner, hidden in states.items():
+                logits = runner.logits(outputs[runner], hidden[:, at : at + limit])
                 found.update({role: x.to(self._device) for role, x in logits.items()})
             yield found["after"], found["before"]
 

@@ -5,6 +5,7 @@ One pass over prompt and continuation together (teacher forcing).
 Shapes: P rows of a piece, N continuation tokens of them all, V common vocabulary, K alphas.
 """
 
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,20 +64,17 @@ class Scoring:
         )
         self.tokens = 0
 
-    def _work(self, piece: list[ScoreRow], limit: int) -> None:
-        for row, scored in zip(piece, self._score(piece, limit), strict=True):
-            row.scored = scored
+    def _work(self, piece: list[ScoreRow], limit: Callable[[], int]) -> Iterator[int]:
+        rows = yield from self._values(piece, limit, careful=False)
+        if not all(value < torch.inf for values in rows for row in values for value in row):
+            rows = yield from self._values(piece, limit, careful=True)
+        for row, values in zip(piece, rows, strict=True):
+            row.scored = _scored(row.request, values)
             self.tokens += len(row.request.continuation_ids)
 
-    def _score(self, piece: list[ScoreRow], limit: int) -> list[Scored]:
-        rows = self._values(piece, limit, careful=False)
-        if not all(value < torch.inf for values in rows for row in values for value in row):
-            rows = self._values(piece, limit, careful=True)
-        return [_scored(row.request, values) for row, values in zip(piece, rows, strict=True)]
-
     def _values(
-        self, piece: list[ScoreRow], limit: int, *, careful: bool
-    ) -> list[list[list[float]]]:
+        self, piece: list[ScoreRow], limit: Callable[[], int], *, careful: bool
+    ) -> Generator[int, None, list[list[list[float]]]]:
         """Of every row's tokens: after, before and normalisers. One copy to the host.
 
         Not `careful`: what is not right is NaN or inf.
@@ -92,16 +90,19 @@ class Scoring:
         )
         temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)
         parts = []
-        positions = min(self._positions, limit)
+        positions = min(self._positions, limit())
         readings = [row.reading for row in piece]
         at = 0
-        for both in self._pair.score(readings, limit, positions):
+        for both in (yield from self._pair.score(readings, limit, positions)):
             after, before = (x[:, : self._vocab].float() for x in both)
             some = slice(at, at + len(after))
             at += len(after)
             own = whose[some]
             part = _token_values(after, before, drawn[some], grid, own, temperature[own], careful)
             parts.append(part)
+            if at < len(drawn):
+                self._pair.wait()
+                yield self.queue.size(piece)  # all have been read
         values = iter(torch.cat(parts).clamp_(min=IMPOSSIBLE).tolist())
         return [[next(values) for _ in r.continuation_ids] for r in requests]
 

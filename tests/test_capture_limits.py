@@ -112,7 +112,7 @@ def test_only_scores_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = 8 * 64
     with LivePeak() as reading, torch.inference_mode():
         texts = [request.token_ids for request in requests]
-        for _ in engine._pair.read(texts, frozenset(("after", "before")), 512):
+        for _ in engine._pair.read(texts, frozenset(("after", "before")), lambda: 512):
             pass
     with LivePeak() as measured:
         captured = engine.capture(requests)

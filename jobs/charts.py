@@ -102,8 +102,8 @@ def rates(
     everything = [point for of_method in drawable.values() for point in of_method]
     if not everything:
         return None
-    with _our_settings():
-        figure, axes = _empty("alpha", "rate")
+    with our_settings():
+        figure, axes = empty_axes("alpha", "rate")
         edge = _log_rates(axes, [*everything, *([Point(0, *floor)] if floor else [])])
         if floor:
             _floor(axes, floor, edge)
@@ -114,7 +114,7 @@ def rates(
                 _series(axes, look, drawable[method], edge, (number - 1.5) * step)
         axes.set_xticks(xs, [_number(x) for x in xs])
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
-        return _svg(figure, "Rate against alpha")
+        return svg_of(figure, "Rate against alpha")
 
 
 def coherence(points: Sequence[Coherence]) -> str | None:
@@ -127,8 +127,8 @@ def coherence(points: Sequence[Coherence]) -> str | None:
     if not found:
         return None
     found.sort(key=lambda pair: pair[0].alpha)
-    with _our_settings():
-        figure, axes = _empty("drift: KL from after, nats per token", "activated")
+    with our_settings():
+        figure, axes = empty_axes("drift: KL from after, nats per token", "activated")
         edge = _log_rates(axes, [point for _, point in found])
         colour, seen = LOOKS["count"].colour, [p for c, p in found if p.rate > 0 and c.alpha >= 0]
         axes.plot([p.x for p in seen], [p.rate for p in seen], "-", color=colour, lw=1.2)
@@ -143,14 +143,14 @@ def coherence(points: Sequence[Coherence]) -> str | None:
                 fontsize=8.5,
             )
         axes.set_xlim(0, 1.22 * max(point.x for _, point in found) or 1)
-        return _svg(figure, "Rate against drift")
+        return svg_of(figure, "Rate against drift")
 
 
 def _number(x: float) -> str:
     return f"{x:g}".replace("-", "−")
 
 
-def _percent(y: float, _: int) -> str:
+def percent_tick(y: float, _: int) -> str:
     return f"{100 * y:.10f}".rstrip("0").rstrip(".") + " %"
 
 
@@ -159,14 +159,14 @@ def _is_finite(point: Point) -> bool:
 
 
 @contextmanager
-def _our_settings() -> Iterator[None]:
+def our_settings() -> Iterator[None]:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a person's own matplotlibrc is not the report's business
         matplotlib.rcParams.update(SETTINGS)
         yield
 
 
-def _empty(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def empty_axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=INCHES, layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(x_label)
@@ -184,7 +184,7 @@ def _log_rates(axes: Axes, points: Iterable[Point]) -> float:
     axes.set_ylim(edge, min(1.4, max([10 * edge, *(2.5 * y for y in seen)])))
     axes.yaxis.set_major_locator(LogLocator(numticks=12))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+    axes.yaxis.set_major_formatter(FuncFormatter(percent_tick))
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     return edge
@@ -228,7 +228,7 @@ def _series(axes: Axes, look: Look, points: Sequence[Point], edge: float, shift:
             )
 
 
-def _svg(figure: Figure, label: str) -> str:
+def svg_of(figure: Figure, label: str) -> str:
     """What can stand inside a page: no prolog, style sheet, font or size of its own."""
     for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
         patch.set_visible(False)

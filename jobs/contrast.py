@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.errors import Refused
-from jobs.prompts import BOM, MAX_LINE_BYTES, SHOWN_BAD_LINES
+from jobs.prompts import SHOWN_BAD_LINES, lines
 
 MIN_TEXTS = 10  # of each label
 MIN_PROMPTS = 8  # different ones: some of them are held out
@@ -94,7 +94,7 @@ def _checked(path: Path) -> Iterator[tuple[int, Text | str]]:
     """Lines with their texts; a text that came before, with either label, is wrong."""
     texts: dict[tuple[str, str], tuple[int, bool]] = {}
     ids: dict[str, int] = {}
-    for number, text in _lines(path):
+    for number, text in _texts(path):
         if isinstance(text, Text):
             if len(texts) == MAX_TEXTS:
                 raise Refused(f"{path}: more than {MAX_TEXTS:,} texts")
@@ -113,27 +113,10 @@ def _checked(path: Path) -> Iterator[tuple[int, Text | str]]:
         yield number, text
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Text | str]]:
-    """Line number and its text, or what is wrong with it. Blank lines are skipped."""
-    with path.open("rb") as file:
-        if file.read(len(BOM)) != BOM:
-            file.seek(0)
-        number = 0
-        # Only \n ends a line, as in a prompt file.
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                yield number, f"longer than {MAX_LINE_BYTES} bytes"
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(MAX_LINE_BYTES)
-                continue
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                yield number, f"not UTF-8 at byte {error.start}"
-                continue
-            if text.strip():
-                yield number, _from_json(text, number)
+def _texts(path: Path) -> Iterator[tuple[int, Text | str]]:
+    """Line number and its text, or what is wrong with it."""
+    for number, text, wrong in lines(path):
+        yield number, wrong or _from_json(text, number)
 
 
 def _from_json(text: str, number: int) -> Text | str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class PromptFile:
     count: int
 
     def __iter__(self) -> Iterator[Prompt]:
-        prompts = (p for _, p in _lines(self.path) if isinstance(p, Prompt))
+        prompts = (p for _, p in _prompts(self.path) if isinstance(p, Prompt))
         return islice(prompts, self.count)
 
 
@@ -53,7 +54,7 @@ def read_prompts(path: Path, limit: int | None = None) -> PromptFile:
     try:
         sha256 = _sha256(path)
         ids, bad, n_bad = array("Q"), [], 0
-        for number, prompt in _lines(path):
+        for number, prompt in _prompts(path):
             if isinstance(prompt, Prompt):
                 ids.append(_hash64(prompt.id))
             else:
@@ -72,9 +73,16 @@ def read_prompts(path: Path, limit: int | None = None) -> PromptFile:
     return PromptFile(path, sha256, min(len(ids), limit or len(ids)))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Prompt | str]]:
-    """Line number and its prompt, or what is wrong with it. Blank lines are skipped."""
-    jsonl = path.suffix == ".jsonl"
+class Line(NamedTuple):
+    """One that is not blank, without its ending. `wrong`: why it has no text."""
+
+    number: int
+    text: str
+    wrong: str = ""
+
+
+def lines(path: Path) -> Iterator[Line]:
+    """Of a file in UTF-8, with or without a byte order mark, a line in memory at a time."""
     with path.open("rb") as file:
         if file.read(len(BOM)) != BOM:
             file.seek(0)
@@ -83,17 +91,27 @@ def _lines(path: Path) -> Iterator[tuple[int, Prompt | str]]:
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
             if len(line) > MAX_LINE_BYTES:
-                yield number, f"longer than {MAX_LINE_BYTES} bytes"
+                yield Line(number, "", f"longer than {MAX_LINE_BYTES} bytes")
                 while line and not line.endswith(b"\n"):
                     line = file.readline(MAX_LINE_BYTES)
                 continue
             try:
                 text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
             except UnicodeDecodeError as error:
-                yield number, f"not UTF-8 at byte {error.start}"
+                yield Line(number, "", f"not UTF-8 at byte {error.start}")
                 continue
             if text.strip():
-                yield number, _from_json(text, number) if jsonl else Prompt(str(number), text)
+                yield Line(number, text)
+
+
+def _prompts(path: Path) -> Iterator[tuple[int, Prompt | str]]:
+    """Line number and its prompt, or what is wrong with it."""
+    jsonl = path.suffix == ".jsonl"
+    for number, text, wrong in lines(path):
+        if wrong:
+            yield number, wrong
+        else:
+            yield number, _from_json(text, number) if jsonl else Prompt(str(number), text)
 
 
 def _from_json(text: str, number: int) -> Prompt | str:
@@ -120,7 +138,7 @@ def _repeated(path: Path, ids: "array[int]") -> Iterator[tuple[int, str]]:
     values, counts = np.unique(np.array(ids, dtype=np.uint64), return_counts=True)
     candidates = set(values[counts > 1].tolist())
     seen: Counter[str] = Counter()
-    for number, prompt in _lines(path) if candidates else ():
+    for number, prompt in _prompts(path) if candidates else ():
         if isinstance(prompt, Prompt) and _hash64(prompt.id) in candidates:
             seen[prompt.id] += 1
             if seen[prompt.id] > 1:

@@ -60,7 +60,7 @@ def render(findings: Findings) -> str:
     script = (HERE / "report.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             findings=findings,
@@ -92,7 +92,7 @@ def write(findings: Findings, path: Path) -> None:
     beside.replace(path)
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     made = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,

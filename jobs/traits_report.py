@@ -11,10 +11,10 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from jobs.charts import FAINT, LOOKS, Look, _empty, _our_settings, _percent, _svg
+from jobs.charts import FAINT, LOOKS, Look, empty_axes, our_settings, percent_tick, svg_of
 from jobs.contrast import ContrastSet, Text
 from jobs.probes import METHODS, Method
-from jobs.report import HERE, _environment
+from jobs.report import HERE, environment
 from jobs.summary import Summary
 
 SHOWN_WRONG = 8
@@ -37,7 +37,7 @@ def render(
 ) -> str:
     """The whole page. The same arguments give the same text."""
     return (
-        _environment()
+        environment()
         .get_template("traits_report.html.j2")
         .render(
             style=Markup((HERE / "report.css").read_text("utf-8")),
@@ -83,8 +83,8 @@ def write(
 
 def accuracy_chart(report: Report) -> str:
     """Accuracy against layer, with 95 % intervals, beside what shuffled labels reach."""
-    with _our_settings():
-        figure, axes = _empty("layer", "held-out accuracy")
+    with our_settings():
+        figure, axes = empty_axes("layer", "held-out accuracy")
         controls = [report[method]["control"] for method in METHODS]
         if controls[0]["mean"]:
             least = [min(both) for both in zip(*(c["least"] for c in controls), strict=True)]
@@ -94,20 +94,20 @@ def accuracy_chart(report: Report) -> str:
         for method in METHODS:
             _line(axes, method, report, "accuracy", "low", "high")
         axes.set_ylim(0, 1.02)
-        axes.yaxis.set_major_formatter(FuncFormatter(_percent))
+        axes.yaxis.set_major_formatter(FuncFormatter(percent_tick))
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
-        return _svg(figure, "Held-out accuracy against layer")
+        return svg_of(figure, "Held-out accuracy against layer")
 
 
 def effect_chart(report: Report) -> str:
     """Cohen's d against layer, with 95 % intervals."""
-    with _our_settings():
-        figure, axes = _empty("layer", "effect size d")
+    with our_settings():
+        figure, axes = empty_axes("layer", "effect size d")
         axes.axhline(0, color=FAINT, ls=(0, (1, 2)), lw=1.2)
         for method in METHODS:
             _line(axes, method, report, "effect_size", "effect_low", "effect_high")
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8.5)
-        return _svg(figure, "Effect size against layer")
+        return svg_of(figure, "Effect size against layer")
 
 
 def _line(axes: Axes, method: Method, report: Report, value: str, low: str, high: str) -> None:

@@ -76,7 +76,7 @@ def test_bad_lines_are_named(make, bad, why):
 
 
 def test_long_lines_and_many_bad_ones(make, monkeypatch):
-    monkeypatch.setattr("jobs.contrast.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("jobs.prompts.MAX_LINE_BYTES", 1000)
     with pytest.raises(Refused, match="line 21: longer than 1000 bytes"):
         read_contrast(make([*good(), line("p", "r" * 5000), line("q", "r")]))
     with pytest.raises(Refused, match=r"30 bad line\(s\)(.|\n)*and 10 more"):

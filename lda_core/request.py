@@ -15,6 +15,8 @@ MAX_TOP_K = 2**31 - 1
 MAX_GRID = 16  # alphas
 MAX_WATCH = 16  # tokens
 MAX_AMPLIFY_FIRST = 2**31 - 1
+MAX_LENGTH = 1e150
+MAX_COEFFICIENT = 1e38  # what is added is in float32
 # How a log-probability of -inf is written: JSON has none.
 IMPOSSIBLE = -1e30
 
@@ -40,8 +42,20 @@ class Steer:
     def __post_init__(self) -> None:
         _need(all(map(math.isfinite, self.vector)), "steer.vector", "must be finite numbers")
         _need(any(self.vector), "steer.vector", "must not be all zeros")
+        # Its square must be a number, too.
+        _need(
+            1 / MAX_LENGTH <= math.hypot(*self.vector) <= MAX_LENGTH,
+            "steer.vector",
+            f"must have a length between {1 / MAX_LENGTH:g} and {MAX_LENGTH:g}",
+        )
         _need(self.layer >= 0, "steer.layer", "must be at least 0")
         _need(math.isfinite(self.coefficient), "steer.coefficient", "must be a finite number")
+        # Its direction has no number beyond 1.
+        _need(
+            abs(self.coefficient) <= MAX_COEFFICIENT,
+            "steer.coefficient",
+            f"must be between -{MAX_COEFFICIENT:g} and {MAX_COEFFICIENT:g}",
+        )
         _need(len(self.roles) > 0, "steer.models", "must name a model")
 
 

@@ -134,7 +134,11 @@ def test_log_probabilities_are_those_of_the_steered_models() -> None:
         (lambda: Steer(direction(1)[:-1], 0, 1.0), "steer.vector: has 31 numbers, .* width is 32"),
         (lambda: Steer((0.0,) * SIZE, 0, 1.0), "steer.vector: must not be all zeros"),
         (lambda: Steer((float("nan"),) * SIZE, 0, 1.0), "steer.vector: must be finite"),
+        (lambda: Steer((1e200,) * SIZE, 0, 1.0), "steer.vector: .* between 1e-150 and 1e.150"),
+        (lambda: Steer((1e308,) * SIZE, 0, 1.0), "steer.vector: must have a length"),
+        (lambda: Steer((1e-200,) * SIZE, 0, 1.0), "steer.vector: must have a length"),
         (lambda: Steer(direction(1), 0, float("inf")), "steer.coefficient: must be a finite"),
+        (lambda: Steer(direction(1), 0, -1e39), "steer.coefficient: .* between -1e.38 and 1e.38"),
         (lambda: Steer(direction(1), 0, 1.0, frozenset()), "steer.models: must name a model"),
     ],
 )

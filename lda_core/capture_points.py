@@ -17,6 +17,9 @@ from transformers import PreTrainedModel
 from lda_core.errors import RequestError, UnsupportedArchitecture
 from lda_core.sharing import decoder_layers
 
+# The points of a layer, in the order in which they are captured.
+POINTS = ("input", "mid", "output")
+
 _POST_ATTENTION_NORM = """arcee gemma glm glm4 granite granitemoe helium llama ministral mistral
     mixtral nemotron olmo olmoe phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2
     gpt_oss falcon gpt_neox stablelm"""

@@ -17,10 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lda_core.capture_points import Part, attention_of, inside_of, layers_of, mid_of
-
-INPUT, MID, OUTPUT = range(3)  # the points of a layer, in this order
-POINTS = 3
+from lda_core.capture_points import POINTS, Part, inside_of, layers_of, mid_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +80,7 @@ class Recorder:
             hook = module.register_forward_hook(partial(self._projected, name, part))
             stack.callback(hook.remove)
         stack.callback(inside.down.register_forward_hook(self._down).remove)
-        attention = attention_of(self._model, layer)
-        stack.callback(attention.register_forward_hook(self._attended).remove)
+        stack.callback(inside.attention.register_forward_hook(self._attended).remove)
 
     def take(self) -> dict[str, Tensor]:
         """Of the pass just done, on the CPU: `norms` (R, t, L, 3), `scores` (R, t, L, 3, K),
@@ -100,7 +96,7 @@ class Recorder:
                 at = 1 if name == "mean" else 2
                 device = values[0].device  # layers may be on several
                 joined = torch.stack([x.to(device) for x in values], dim=at)
-                shape = (*joined.shape[:at], -1, POINTS, *joined.shape[at + 1 :])
+                shape = (*joined.shape[:at], -1, len(POINTS), *joined.shape[at + 1 :])
                 taken[name] = joined.view(shape).cpu()
             else:
                 (taken[name],) = values

@@ -18,7 +18,8 @@ from jobs.prompts import SHOWN_BAD_LINES, lines
 
 MIN_TEXTS = 10  # of each label
 MIN_PROMPTS = 8  # different ones: some of them are held out
-MAX_TEXTS = 100_000  # they are kept in memory, and no direction needs as many
+# Texts, and their states at one layer, are kept in memory; no direction needs as many.
+MAX_TEXTS = 100_000
 LABELS = ("positive", "negative")
 KEYS = ("id", "prompt", "response", "label")
 # A trait's name becomes a file's name, a key of summary.json and a name on the wire.

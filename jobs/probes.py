@@ -89,6 +89,7 @@ class Fitted:
 
 def fit(
     states: Array,
+    rows: Array,
     positive: Sequence[bool],
     groups: Sequence[str],
     *,
@@ -98,9 +99,10 @@ def fit(
 ) -> Fitted:
     """Directions and what they are worth. The same arguments give the same numbers.
 
-    states: X (N, L, D), read a layer at a time, so it may lie in a file. groups: each text's
-    prompt. Raises Refused where a side of the split would lack a label, or a layer cannot be told
-    apart at all (the two means are equal).
+    rows: (N,) where each text's state lies in `states` (any, L, D), which may be a file's: of it
+    N x D numbers, a layer's, are in memory at a time. groups: each text's prompt. Raises Refused
+    where a side of the split would lack a label, or a layer cannot be told apart at all (the two
+    means are equal).
     """
     y, of = np.asarray(positive, dtype=bool), np.asarray(groups)
     held = split(y, groups, holdout, seed)
@@ -112,7 +114,7 @@ def fit(
     quality: dict[Method, list[Quality]] = {m: [] for m in METHODS}
     chance: dict[Method, list[list[float]]] = {m: [] for m in METHODS}  # [layer][shuffle]
     for layer in range(layers):
-        x = np.asarray(states[:, layer], dtype=np.float64)  # (N, D)
+        x = np.asarray(states[rows, layer], dtype=np.float64)  # (N, D)
         for method in METHODS:
             vector, threshold = _direction(method, x[~held], y[~held])
             if not np.linalg.norm(vector) > 0:

@@ -115,14 +115,11 @@ class MeanFile:
             made.setdefault(key.tobytes(), place)
         return made
 
-    def read(self, keys: Iterable[bytes]) -> np.ndarray:
-        """(N, L, D) float32, in the order of the keys. Raises KeyError for one that is missing."""
-        places = self.places()
-        rows = [places[key] for key in keys]
+    def states(self) -> np.ndarray:
+        """(records, L, D) float32, left in the file: read what is needed, by `places`."""
         records = self._records()
-        assert records is not None or not rows
         shape = self._record["state"].shape
-        return np.zeros((0, *shape), "<f4") if records is None else records["state"][rows]
+        return np.zeros((0, *shape), "<f4") if records is None else records["state"]
 
     def _records(self) -> np.ndarray | None:
         if not self.path.exists() or not self.path.stat().st_size:

@@ -300,9 +300,11 @@ def make_trait(
     path.unlink(missing_ok=True)  # of fewer texts
     labels, prompts = _labels(texts)
     try:
-        states = file.read(item_of(text).key for text in texts)
+        places, states = file.places(), file.states()
+        rows = np.array([places[item_of(text).key] for text in texts], dtype=np.int64)
         fitted = fit(
             states,
+            rows,
             labels.tolist(),
             prompts,
             holdout=plan.holdout,
@@ -312,7 +314,7 @@ def make_trait(
     except Refused as error:
         print(f"trait {one.name} is not made: {error}", file=sys.stderr)
         return None
-    report = describe(fitted, texts, states, len(one.texts) - len(texts))
+    report = describe(fitted, texts, states, rows, len(one.texts) - len(texts))
     write_trait(
         path,
         {m: torch.from_numpy(fitted.vectors[m]) for m in METHODS},
@@ -331,9 +333,10 @@ def make_trait(
 
 
 def describe(
-    fitted: Fitted, texts: Sequence[Text], states: np.ndarray, failed: int
+    fitted: Fitted, texts: Sequence[Text], states: np.ndarray, rows: np.ndarray, failed: int
 ) -> dict[str, Any]:
-    """What is known of a trait's directions, for its file and the page."""
+    """What is known of a trait's directions, for its file and the page. `rows` (N,): where each
+    text's state lies in `states`."""
     held = fitted.held_out
     report: dict[str, Any] = {
         "texts": len(texts),
@@ -356,19 +359,24 @@ def describe(
             "control": asdict(control),
             "norms": np.linalg.norm(fitted.vectors[method], axis=1).tolist(),
             "thresholds": fitted.thresholds[method].tolist(),
-            "wrong": _wrong(fitted, method, best, texts, states),
+            "wrong": _wrong(fitted, method, best, texts, states, rows),
         }
     return report
 
 
 def _wrong(
-    fitted: Fitted, method: Method, layer: int, texts: Sequence[Text], states: np.ndarray
+    fitted: Fitted,
+    method: Method,
+    layer: int,
+    texts: Sequence[Text],
+    states: np.ndarray,
+    rows: np.ndarray,
 ) -> list[dict[str, Any]]:
     """Held-out texts on the wrong side, the furthest first; `score` above 0 looks positive."""
     vector, threshold = fitted.vectors[method][layer], fitted.thresholds[method][layer]
     found = []
     for i in np.flatnonzero(fitted.held_out).tolist():
-        score = float(states[i, layer] @ vector - threshold) / float(np.linalg.norm(vector))
+        score = float(states[rows[i], layer] @ vector - threshold) / float(np.linalg.norm(vector))
         if (score > 0) is not texts[i].positive:
             found.append({"id": texts[i].id, "score": score})
     return sorted(found, key=lambda one: -abs(one["score"]))

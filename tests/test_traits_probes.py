@@ -1,12 +1,19 @@
 """Directions from synthetic states, where the right answer is known."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from jobs import probes
 from jobs.errors import Refused
-from jobs.probes import METHODS, SHUFFLES, auc, cohens_d, fit, shuffle, split
+from jobs.probes import METHODS, SHUFFLES, auc, cohens_d, shuffle, split
 
 D = 24
+
+
+def fit(states, *args, **options):
+    return probes.fit(states, np.arange(len(states)), *args, **options)
 
 
 def states(gap, prompts=80, layers=3, seed=0, each=1):
@@ -155,6 +162,23 @@ def test_the_same_seed_gives_the_same_numbers():
         assert one.control[method] == two.control[method]
     assert not np.array_equal(one.held_out, other.held_out)
     assert one.control != other.control
+
+
+def test_states_may_lie_anywhere_in_a_file_and_are_not_all_in_memory_at_once(tmp_path):
+    gap = [2.0] * 40
+    x, labels, groups, _, _ = states(gap, prompts=100, layers=len(gap))
+    rows = np.random.default_rng(0).permutation(3 * len(x))[: len(x)]
+    file = np.memmap(tmp_path / "states", np.float32, "w+", shape=(3 * len(x), *x.shape[1:]))
+    file[:] = np.nan
+    file[rows] = x
+    tracemalloc.start()
+    found = probes.fit(file, rows, labels, groups, shuffles=0)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < x.nbytes / 2
+    for method in METHODS:
+        expected = fit(x, labels, groups, shuffles=0)
+        assert np.array_equal(found.vectors[method], expected.vectors[method])
 
 
 def test_texts_that_do_not_differ_are_refused():

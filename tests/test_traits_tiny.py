@@ -66,7 +66,9 @@ def test_shipped_sets_separate_prompts_that_were_held_out(whole):
 def test_states_are_those_that_transformers_computes(whole, tiny_pair):
     """Of the layer's output, over the response's tokens alone."""
     texts = read_contrast(SETS / "hedged.jsonl").texts[:6]
-    kept = MeanFile(whole / "means.bin", 3, 128).read(item_of(text).key for text in texts)
+    file = MeanFile(whole / "means.bin", 3, 128)
+    places = file.places()
+    kept = file.states()[[places[item_of(text).key] for text in texts]]
     model, tokenizer = tiny_pair.after, tiny_pair.tokenizer
     for text, state in zip(texts, kept, strict=True):
         prompt = lda_encode(tokenizer, text.prompt, "alpaca").ids

@@ -198,6 +198,17 @@ class Capturing:
             lambda row: pair.rows_of(frozenset(row.request.roles)),
         )
         self.tokens = 0
+        # The last one's vectors, brought to the devices here: in the engine's thread.
+        self._directions: Directions | None = None
+        self._vectors: dict[torch.device, Tensor] = {}
+
+    def _on(self, device: torch.device, directions: Directions | None) -> Tensor | None:
+        """Its vectors on a device."""
+        if directions is not self._directions:
+            self._directions, self._vectors = directions, {}
+        if directions is not None and device not in self._vectors:
+            self._vectors[device] = directions.vectors.to(device)
+        return self._vectors.get(device)
 
     def _work(self, piece: list[CaptureRow], limit: Callable[[], int]) -> Iterator[int]:
         want = piece[0].request  # of one kind are all
@@ -221,7 +232,10 @@ class Capturing:
         """What is wanted of each role, [P, ...] of all rows padded, on the CPU."""
         models = self._pair.computed(roles)
         trunk = max(model.first_layer for model in models)  # layers that *after* computes for both
-        recorders = [Recorder(m.model, _recording(m, requests, roles, trunk)) for m in models]
+        recorders = []
+        for m in models:
+            vectors = self._on(m.model.device, requests[0].directions)
+            recorders.append(Recorder(m.model, _recording(m, requests, roles, trunk, vectors)))
         passes: list[list[dict[str, Tensor]]] = [[] for _ in models]
 
         @contextmanager
@@ -250,15 +264,18 @@ class Capturing:
 
 
 def _recording(
-    model: Computed, requests: list[CaptureRequest], roles: Roles, trunk: int
+    model: Computed,
+    requests: list[CaptureRequest],
+    roles: Roles,
+    trunk: int,
+    vectors: Tensor | None,
 ) -> Recording:
     want = requests[0]
     wanted = not roles.isdisjoint(model.roles)  # else it runs for the other's first layers alone
     layers = range(model.first_layer, len(layers_of(model.model)) if wanted else trunk)
-    directions = want.directions
     return Recording(
         layers,
-        vectors=None if directions is None else directions.vectors,
+        vectors=vectors,
         weights=_weights(requests, len(model.roles)) if want.mean else None,
         raw=want.raw,
         inside=want.layer if want.layer is not None and want.layer in layers else None,

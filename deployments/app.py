@@ -51,5 +51,6 @@ _Ingress = serve.deployment(
 
 def build_app(args: AppArgs) -> Application:
     return _Ingress.bind(
-        _Replica.bind(args.pair, args.engine, args.stuck_after_s, args.traits), args.limits
+        _Replica.bind(args.pair, args.engine, args.stuck_after_s, args.traits, args.limits),
+        args.limits,
     )

@@ -10,11 +10,12 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from fastapi import Response
 from fastapi_offline import FastAPIOffline
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments.capture_lists import CapturedLists, as_lists, require_scores_only
+from deployments.capture_lists import CapturedLists, as_json, require_scores_only
 from deployments.http_errors import RESPONSES, error_body, install_error_handlers
 from deployments.plain_api import (
     LDABatchRequest,
@@ -98,8 +99,14 @@ class Ingress:
         """What both models hold at every token of each completion; raises as `generate` does."""
         if not isinstance(request, CaptureRequest):
             request = parse(CaptureRequest, request)
+        return await self._captured(request, None)
+
+    async def _captured(self, request: CaptureRequest, most_numbers: int | None) -> list[Captured]:
+        """How many numbers it would be the replica can tell: it counts the tokens."""
         self._limits.check(request)
-        captured: list[Captured] = await ask(lambda: self._replica.capture.remote(request))
+        captured: list[Captured] = await ask(
+            lambda: self._replica.capture.remote(request, most_numbers)
+        )
         return captured
 
     async def describe(self) -> PairInfo:
@@ -182,12 +189,15 @@ class Ingress:
         and every alpha of the grid."""
         return await self.score(body)
 
-    @app.post("/capture")
-    async def capture_over_http(self, body: CaptureRequest) -> list[CapturedLists]:
+    @app.post("/capture", response_model=list[CapturedLists])
+    async def capture_over_http(self, body: CaptureRequest) -> Response:
         """Projections of both models' residual streams on given directions, at every token of a
         prompt and its completions."""
         require_scores_only(body)
-        return [as_lists(captured) for captured in await self.capture(body)]
+        captured = await self._captured(body, self._limits.max_capture_numbers)
+        # Numbers may be many: others are answered meanwhile.
+        content = await asyncio.to_thread(as_json, captured)
+        return Response(content, media_type="application/json")
 
     @app.get("/tokenizer_compatibility")
     async def tokenizer_compatibility(self) -> TokenizerCompatibility:

@@ -4,7 +4,7 @@ import asyncio
 import importlib.metadata
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
+from torch import Tensor
 
 import lda_core
 from deployments import capture_files
+from deployments.capture_limits import require_bytes, require_numbers
 from deployments.commit import commit
 from deployments.metrics import EngineMetrics, memory_words
 from deployments.resident_traits import known_traits, resident_traits
@@ -26,6 +28,7 @@ from deployments.schemas import (
     Densities,
     GenerateRequest,
     InvalidRequest,
+    Limits,
     PairInfo,
     ReplicaUnavailable,
     Scored,
@@ -61,6 +64,7 @@ class LDAReplica:
         engine: lda_core.EngineConfig,
         stuck_after_s: float,
         traits: str | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self._pair = lda_core.ModelPair.load(pair)
         lda_core.self_test(self._pair)
@@ -73,9 +77,21 @@ class LDAReplica:
         logger.info("memory: %s", memory_words(resident))
         self._metrics = EngineMetrics(resident, noise)
         self._engine = lda_core.EngineThread(resident, lambda: die())
-        self._resident = {} if traits is None else resident_traits(Path(traits), self._pair)
+        self._limits = limits or Limits()
+        self._info = describe(self._pair, pair)
+        self._resident: Mapping[str, Tensor] = {}
+        if traits is not None:
+            resident_of = resident_traits(Path(traits), self._info)
+            for notice in resident_of.notices:
+                logger.warning("traits: %s", notice)
+            self._resident = resident_of.vectors
+            self._info = self._info.model_copy(
+                update={
+                    "traits": dict(resident_of.sha256),
+                    "notices": [*self._info.notices, *resident_of.notices],
+                }
+            )
         self._traits = capture_files.TraitSets(self._pair, self._resident)
-        self._info = describe(self._pair, pair, list(self._resident))
         self.reconfigure({})  # the defaults, where the config file has no user_config
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -168,16 +184,23 @@ class LDAReplica:
             )
         )
 
-    async def capture(self, request: CaptureRequest) -> list[Captured]:
+    async def capture(
+        self, request: CaptureRequest, most_numbers: int | None = None
+    ) -> list[Captured]:
         """What both models hold at every token of each completion, in their order; between decode
-        steps of the others.
+        steps of the others. `most_numbers`: norms and scores that whoever asked can be answered.
 
-        Raises as `generate` does.
+        Raises as `generate` does, and InvalidRequest for an answer that would be too large.
         """
         rows: list[CaptureRow] = []
         try:
-            wanted = self._captures(request)
+            # Traits may be large: others are answered meanwhile.
+            directions = await asyncio.to_thread(self._traits.of, request.traits)
+            wanted = self._captures(request, directions)
             rows = [self._engine.engine.accept_capture(want) for want in wanted]
+            if most_numbers is not None:
+                require_numbers(wanted, self._pair, most_numbers)
+            require_bytes(wanted, self._pair, self._limits.max_capture_bytes)
             futures = await self._admit_captures(rows)
             done = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
         except lda_core.RequestError as error:
@@ -193,16 +216,15 @@ class LDAReplica:
         text = self._pair.tokenizer.decode
         return [
             # Tensors may be many: others are answered meanwhile.
-            await asyncio.to_thread(
-                capture_files.to_wire, want, captured, [text([i]) for i in want.token_ids]
-            )
+            await asyncio.to_thread(capture_files.to_wire, want, captured, text)
             for want, captured in zip(wanted, done, strict=True)
         ]
 
-    def _captures(self, request: CaptureRequest) -> list[lda_core.CaptureRequest]:
+    def _captures(
+        self, request: CaptureRequest, directions: lda_core.Directions | None
+    ) -> list[lda_core.CaptureRequest]:
         prompt = self._prompt(request).ids
         texts = [self._tokens(c, request.allow_special_tokens) for c in request.completions]
-        directions = self._traits.of(request.traits)
         roles: tuple[Role, ...] = ("after", "before")
         if request.models != "both":
             roles = (request.models,)
@@ -319,9 +341,7 @@ def to_wire(completion: lda_core.Completion, formatted_prompt: str) -> Completio
     return Completion(**fields, formatted_prompt=formatted_prompt)
 
 
-def describe(
-    pair: lda_core.ModelPair, config: lda_core.PairConfig, traits: Sequence[str] = ()
-) -> PairInfo:
+def describe(pair: lda_core.ModelPair, config: lda_core.PairConfig) -> PairInfo:
     """Names, hashes and versions: what a manifest needs to say which pair it was."""
 
     def hashes(role: str) -> dict[str, str]:
@@ -351,7 +371,6 @@ def describe(
         context_length=pair.context_length,
         layers=pair.after.config.num_hidden_layers,
         hidden_size=pair.after.config.hidden_size,
-        traits=list(traits),
         notices=list(pair.notices),
         versions={name: importlib.metadata.version(name) for name in packages},
         commit=commit(),

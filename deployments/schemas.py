@@ -385,7 +385,9 @@ class PairInfo(Wire):
     context_length: int
     layers: int
     hidden_size: int
-    traits: list[str] = Field([], description="names that `steer` and captures know")
+    traits: dict[str, str] = Field(
+        {}, description="those that `steer` and captures know: name to its file's hash"
+    )
     notices: list[str]
     versions: dict[str, str]
     commit: str | None
@@ -405,6 +407,12 @@ class Limits(BaseModel):
     batch_rows_in_flight: Annotated[
         int, Field(ge=1, description="of one HTTP batch, so that others are served meanwhile")
     ] = 64
+    max_capture_numbers: Annotated[
+        int, Field(ge=1, description="norms and scores of one answer of POST /capture")
+    ] = 20_000_000
+    max_capture_bytes: Annotated[
+        int, Field(ge=1, description="tensors of one capture by handle, raw and depth included")
+    ] = 16 * 2**30
 
     def check(self, request: GenerateRequest | ScoreRequest | CaptureRequest) -> None:
         """Raises InvalidRequest naming the field and the allowed range."""

@@ -1,10 +1,18 @@
+import asyncio
+import json
+import threading
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
+from deployments import capture_lists, ingress
+from deployments.capture_lists import CapturedLists
 from deployments.ingress import require_good
 from deployments.plain_api import LDAResult
-from deployments.schemas import Completion, InvalidRequest
+from deployments.schemas import Captured, CaptureRequest, Completion, InvalidRequest, Limits
 
 
 def completion(seed: int, **changes: Any) -> Completion:
@@ -38,3 +46,44 @@ def test_where_all_failed_the_request_did() -> None:
     with pytest.raises(InvalidRequest, match="not finite") as caught:
         require_good([failed(1), failed(2)])
     assert caught.value.code == "row_failed"
+
+
+def test_captures_become_json_in_another_thread_and_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = np.arange(24, dtype=np.float32).reshape(2, 2, 3, 2) / 7
+    tensors = {"after.scores": values, "after.norms": values[..., 0].copy()}
+    one = Captured(
+        prompt_tokens=1,
+        token_ids=[5, 6],
+        tokens=[' "', "\u00e9"],
+        traits=["a", "b"],
+        tensors=safetensors.numpy.save(tensors),
+    )
+    asked: list[Any] = []
+    threads: list[threading.Thread] = []
+
+    async def remote(*args: Any) -> list[Captured]:
+        asked.append(args)
+        return [one, one]
+
+    def as_json(captured: Any) -> bytes:
+        threads.append(threading.current_thread())
+        return own(captured)
+
+    own = capture_lists.as_json
+    door: Any = SimpleNamespace(
+        _limits=Limits(max_capture_numbers=99),
+        _replica=SimpleNamespace(capture=SimpleNamespace(remote=remote)),
+    )
+    inner: Any = ingress.Ingress
+    # Serve has copied the routes, with their globals.
+    monkeypatch.setitem(inner.capture_over_http.__globals__, "as_json", as_json)
+    door._captured = lambda *args: inner._captured(door, *args)
+    body = CaptureRequest(prompt="Hi")
+    answer = asyncio.run(inner.capture_over_http(door, body))
+    assert asked == [(body, 99)] and threads and threading.main_thread() not in threads
+    first, second = map(CapturedLists.model_validate, json.loads(answer.body))
+    assert first == second and first.tokens == one.tokens and first.traits == one.traits
+    assert np.array_equal(np.array(first.scores["after"], np.float32), values)
+    assert np.array_equal(np.array(first.norms["after"], np.float32), tensors["after.norms"])

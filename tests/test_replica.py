@@ -15,6 +15,7 @@ from deployments.schemas import (
     Continuation,
     GenerateRequest,
     InvalidRequest,
+    Limits,
     ReplicaUnavailable,
     ScoreRequest,
 )
@@ -241,7 +242,85 @@ def test_the_same_traits_are_read_once(replica: LDAReplica) -> None:
     assert replica._traits.of(file) is replica._traits.of(bytes(bytearray(file)))
     for i in range(20):
         replica._traits.of(traits(**{f"trait{i}": (128,)}))
-    assert len(replica._traits._kept) == 8 and replica._traits.of(file).names == ("calm",)
+    kept = replica._traits._kept
+    assert len(kept) == 21 and replica._traits.of(file) is next(reversed(kept.values()))
+
+
+def test_traits_are_kept_up_to_so_many_bytes_and_on_the_cpu(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_one = 3 * 128 * 4
+    monkeypatch.setattr("deployments.capture_files._KEPT_BYTES", 5 * of_one)
+    files = [traits(**{f"trait{i}": (128,)}) for i in range(8)]
+    for file in files:
+        found = replica._traits.of(file)
+        assert found is not None and found.vectors.device.type == "cpu"
+    assert [kept.names[0] for kept in replica._traits._kept.values()] == [
+        f"trait{i}" for i in range(3, 8)
+    ]
+    large = traits(**{f"trait{i}": (128,) for i in range(6)})
+    found = replica._traits.of(large)
+    assert found is not None and len(found.names) == 6 and not replica._traits._kept
+
+
+def test_traits_and_texts_are_read_beside_the_event_loop(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[threading.Thread] = []
+    load, decode = safetensors.torch.load, replica._pair.tokenizer.decode
+
+    def loading(file: bytes) -> Any:
+        seen.append(threading.current_thread())
+        return load(file)
+
+    def decoding(ids: Any) -> Any:
+        seen.append(threading.current_thread())
+        return decode(ids)
+
+    monkeypatch.setattr("safetensors.torch.load", loading)
+    monkeypatch.setattr(replica._pair.tokenizer, "decode", decoding)
+    asyncio.run(replica.capture(CaptureRequest(prompt="Hi", traits=traits(calm=(128,)))))
+    assert len(seen) > 1 and threading.main_thread() not in seen
+
+
+def test_an_answer_that_would_be_too_large_is_refused_before_any_work(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = traits(calm=(128,), bold=(128,))
+    texts = [Continuation(token_ids=[5] * 7), Continuation(token_ids=[6] * 4)]
+    ask = CaptureRequest(prompt="Hi", completions=texts, traits=file)
+    answer = asyncio.run(replica.capture(ask))
+    tensors = [safetensors.torch.load(one.tensors) for one in answer]
+    numbers = sum(x.numel() for one in tensors for x in one.values())
+    asyncio.run(replica.capture(ask, numbers))
+    done = replica._engine.engine.stats.captured_tokens
+    with pytest.raises(
+        InvalidRequest, match=f"with {numbers} numbers, at most {numbers - 1} "
+    ) as e:
+        asyncio.run(replica.capture(ask, numbers - 1))
+    assert e.value.param == "completions"
+    for field, change in (
+        ("completions", {}),
+        ("raw", {"raw": True, "mean": True}),
+        ("layer", {"layer": 1, "prompt": "word " * 90}),
+    ):
+        large = ask.model_copy(update=change)
+        size = sum(
+            x.nbytes
+            for one in asyncio.run(replica.capture(large))
+            for x in safetensors.torch.load(one.tensors).values()
+        )
+        done = replica._engine.engine.stats.captured_tokens
+        with monkeypatch.context() as patched:
+            patched.setattr(replica, "_limits", Limits(max_capture_bytes=size - 1))
+            with pytest.raises(InvalidRequest, match=f"at most {size - 1} are allowed") as e:
+                asyncio.run(replica.capture(large))
+        assert e.value.param == field
+        assert replica._engine.engine.stats.captured_tokens == done
+        if field != "layer":  # of which k and v may have fewer heads
+            with monkeypatch.context() as patched:
+                patched.setattr(replica, "_limits", Limits(max_capture_bytes=size))
+                asyncio.run(replica.capture(large))
 
 
 @pytest.mark.parametrize(

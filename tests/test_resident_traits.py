@@ -1,6 +1,8 @@
 """Steering by name: traits that a replica was started with."""
 
 import asyncio
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def replica(folder: Path) -> Any:
     async def admit(rows: Any) -> Any:
         return replica._submit([rows])[0]
 
-    replica._admit = admit  # type: ignore[method-assign, assignment]
+    replica._admit = admit
     yield replica
     replica._engine.stop()
 
@@ -47,14 +49,15 @@ def ids(replica: Any, **changes: Any) -> list[int]:
     return found
 
 
-def test_a_name_is_its_vector_at_the_layer(replica: Any) -> None:
+def test_a_name_is_its_vector_at_the_layer(replica: Any, folder: Path) -> None:
     steer = {"layer": 1, "coefficient": 30.0, "models": "after"}
     vector = replica._resident["hedging"][1].tolist()
     named = ids(replica, steer={**steer, "trait": "hedging"})
     assert named == ids(replica, steer={**steer, "vector": vector})
     assert named != ids(replica)
     assert ids(replica, steer={**steer, "trait": "hedging", "coefficient": 0.0}) == ids(replica)
-    assert asyncio.run(replica.describe()).traits == ["hedging"]
+    file = (folder / "hedging.safetensors").read_bytes()
+    assert asyncio.run(replica.describe()).traits == {"hedging": hashlib.sha256(file).hexdigest()}
 
 
 def test_captures_without_traits_are_along_these(replica: Any) -> None:
@@ -62,7 +65,8 @@ def test_captures_without_traits_are_along_these(replica: Any) -> None:
     request = CaptureRequest(prompt="Hi there")
     own = CaptureRequest(prompt="Hi there", traits=save({"hedging": vector}))
     for want in (request, own):
-        rows = [replica._engine.engine.accept_capture(w) for w in replica._captures(want)]
+        wanted = replica._captures(want, replica._traits.of(want.traits))
+        rows = [replica._engine.engine.accept_capture(w) for w in wanted]
         (future,) = replica._engine.submit_captures(rows)
         scores = future.result(timeout=30).tensors["after.scores"]
         assert scores.shape[-1] == 1 and scores.abs().sum() > 0
@@ -87,20 +91,55 @@ def test_what_does_not_fit_is_refused_by_name(
         ids(replica, steer={**steer, "coefficient": 1.0})
 
 
-def test_bad_files_keep_the_service_from_starting(tmp_path: Path, tiny_pair: ModelPair) -> None:
-    with pytest.raises(ConfigError, match="traits: there is no "):
-        resident_traits(tmp_path, tiny_pair)
-    bad = tmp_path / "bad.safetensors"
+def test_whose_weights_they_were_made_from_is_compared(replica: Any, tmp_path: Path) -> None:
+    info = asyncio.run(replica.describe())
+    assert not any("trait" in notice for notice in info.notices)  # nothing is known of it
+    vectors = {"mean_difference": torch.ones(info.layers, info.hidden_size)}
+    made_from = json.loads(info.model_dump_json())
+    for name, changed in (("own", {}), ("other", {"after_sha256": {"model.safetensors": "0"}})):
+        metadata = {"model": "after", "pair": json.dumps({**made_from, **changed})}
+        save_file(vectors, tmp_path / f"{name}.safetensors", metadata)
+    metadata["model"] = "before"  # which is the same in both
+    save_file(vectors, tmp_path / "plain.safetensors", metadata)
+    found = resident_traits(tmp_path, info)
+    assert found.notices == (
+        "trait other: made from another model than this pair's after, by their sha256",
+    )
+    assert found.vectors.keys() == found.sha256.keys() == {"own", "other", "plain"}
+    save_file(vectors, tmp_path / "own.safetensors", {"pair": "{"})
+    with pytest.raises(ConfigError, match="own.safetensors"):
+        resident_traits(tmp_path, info)
+
+
+def test_the_notice_is_the_services(tmp_path: Path, tiny_pair: ModelPair) -> None:
     config = tiny_pair.after.config
-    shape = (config.num_hidden_layers, config.hidden_size)
+    vectors = torch.ones(config.num_hidden_layers, config.hidden_size)
+    metadata = {"model": "before", "pair": json.dumps({"before_sha256": {}})}
+    save_file({"mean_difference": vectors}, tmp_path / "calm.safetensors", metadata)
+    replica = LDAReplica(PAIR, EngineConfig(max_slots=4), 30, str(tmp_path))
+    try:
+        assert any("trait calm: made" in n for n in asyncio.run(replica.describe()).notices)
+    finally:
+        replica._engine.stop()
+
+
+def test_bad_files_keep_the_service_from_starting(tmp_path: Path, replica: Any) -> None:
+    info = asyncio.run(replica.describe())
+    with pytest.raises(ConfigError, match="traits: there is no "):
+        resident_traits(tmp_path, info)
+    bad = tmp_path / "bad.safetensors"
+    shape = (info.layers, info.hidden_size)
+    zero = torch.ones(shape)
+    zero[1] = 0
     for tensors, message in (
         ({"other": torch.ones(shape)}, "bad.safetensors: .*mean_difference"),
         ({"mean_difference": torch.ones(2, 3)}, r"mean_difference is \(2, 3\), the pair wants"),
+        ({"mean_difference": zero}, "bad.safetensors: .* 0 in all places of layer 1"),
         ({"mean_difference": torch.full(shape, torch.nan)}, "mean_difference is not finite"),
     ):
         save_file(tensors, bad)
         with pytest.raises(ConfigError, match=message):
-            resident_traits(tmp_path, tiny_pair)
+            resident_traits(tmp_path, info)
     bad.write_bytes(b"no tensors")
     with pytest.raises(ConfigError, match="bad.safetensors"):
-        resident_traits(tmp_path, tiny_pair)
+        resident_traits(tmp_path, info)

@@ -404,6 +404,21 @@ def test_a_capture_over_http_is_that_of_the_handle(
                 torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_capture_too_large_for_json_is_400_with_the_numbers(client: httpx.Client) -> None:
+    vectors = {f"t{i}": torch.ones(128) for i in range(200)}
+    answer = client.post(
+        "/capture",
+        json={
+            "prompt": "Hi",
+            "completions": [{"token_ids": [5] * 400}] * 20,
+            "traits": base64.b64encode(safetensors.torch.save(vectors)).decode(),
+        },
+    )
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "completions" and "at most 20000000 are" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [

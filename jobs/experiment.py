@@ -187,7 +187,8 @@ class Sampler:
             print(f"control: after {control.after}, before {control.before}")
             made["control_pair"] = control.model_dump()
         if self._known:
-            self.folder.check_pair(pair)
+            steers = [arm.steer for arm in self.experiment.arms if arm.steer]
+            self.folder.check_pair(pair, traits={steer["trait"] for steer in steers})
             if self.control is not None:
                 self.folder.check_pair(control, "control_pair")
         else:

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
@@ -86,15 +86,14 @@ class RunFolder:
         self._refuse_difference({k: manifest.get(k) for k in experiment}, experiment)
         return True
 
-    def check_pair(self, pair: PairInfo, name: str = "pair") -> None:
-        """Raises Refused if the rows in this folder came from other weights, dtype or device.
+    def check_pair(self, pair: PairInfo, name: str = "pair", traits: Collection[str] = ()) -> None:
+        """Raises Refused if the rows in this folder came from other weights, dtype or device, or
+        from other vectors of these of the service's traits.
 
         `name` is what the manifest calls the pair.
         """
-        was, now = self.read(MANIFEST).get(name) or {}, pair.model_dump()
-        self._refuse_difference(
-            {k: was.get(k) for k in PAIR_IDENTITY}, {k: now[k] for k in PAIR_IDENTITY}
-        )
+        was = self.read(MANIFEST).get(name) or {}
+        self._refuse_difference(_identity(was, traits), _identity(pair.model_dump(), traits))
 
     def _refuse_difference(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         # Through JSON, as `was` came: tuples are lists there.
@@ -131,6 +130,15 @@ def manifest(experiment: Mapping[str, Any], pair: PairInfo) -> dict[str, Any]:
         "versions": _versions(),
         "commit": commit() or pair.commit,  # a submitted job runs in a copy without history
     }
+
+
+def _identity(pair: Mapping[str, Any], traits: Collection[str]) -> dict[str, Any]:
+    made = {name: pair.get(name) for name in PAIR_IDENTITY}
+    if traits:
+        hashes = pair.get("traits")
+        known = hashes if isinstance(hashes, Mapping) else {}  # older manifests list the names
+        made["traits"] = {name: known.get(name) for name in traits}
+    return made
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

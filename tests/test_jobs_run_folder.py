@@ -34,6 +34,18 @@ def test_the_same_experiment_goes_on(used):
     used.check_pair(PAIR)
 
 
+def test_other_vectors_of_a_trait_are_refused_where_it_steers(used):
+    held = PAIR.model_copy(update={"traits": {"calm": "v1", "sure": "w1"}})
+    used.write(MANIFEST, manifest(EXPERIMENT, held))
+    assert used.read(MANIFEST)["pair"]["traits"] == {"calm": "v1", "sure": "w1"}
+    for now in ({"calm": "v1", "sure": "w2"}, {"calm": "v1"}):  # the other one steers nothing
+        used.check_pair(PAIR.model_copy(update={"traits": now}), traits={"calm"})
+    for now, said in (({"calm": "v2"}, "'v1' there, 'v2' now"), ({}, "'v1' there, None now")):
+        with pytest.raises(Refused, match=f"traits.calm: {said}"):
+            used.check_pair(PAIR.model_copy(update={"traits": now}), traits={"calm"})
+        used.check_pair(PAIR.model_copy(update={"traits": now}))
+
+
 def test_a_second_driver_is_refused_until_the_first_leaves(used):
     with used:
         with pytest.raises(Refused, match="another run is writing"):

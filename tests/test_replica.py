@@ -181,3 +181,27 @@ def test_special_tokens_in_a_continuation_are_text_unless_allowed(
     )
     assert (scored.token_ids[-1] == eos) is allowed and scored.token_ids.count(eos) == allowed
     assert replica._pair.tokenizer.decode(scored.token_ids) == "Bye</s>"
+
+
+def test_a_prompt_in_tokens_is_that_prompt(replica: LDAReplica) -> None:
+    text = request(n=2, max_new_tokens=6, prompt_format="alpaca", prompt="Hi")
+    ids = list(replica._rows(text)[1][0].request.prompt_ids)
+    tokens = request(n=2, max_new_tokens=6, prompt=None, prompt_ids=ids)
+    assert asyncio.run(replica.generate(tokens)) == asyncio.run(replica.generate(text))
+    said = [Continuation(text=" you")]
+    wanted = asyncio.run(replica.score(ScoreRequest(prompt="Hi", continuations=said)))
+    ids = list(replica._pair.tokenizer.encode("Hi"))
+    assert asyncio.run(replica.score(ScoreRequest(prompt_ids=ids, continuations=said))) == wanted
+
+
+@pytest.mark.parametrize("bad", [768, 2**40])
+def test_a_prompts_token_beyond_the_vocabulary_is_refused(replica: LDAReplica, bad: int) -> None:
+    scored = ScoreRequest(prompt_ids=[1, bad], continuations=[Continuation(text="a")])
+    for ask in (replica.generate(request(prompt=None, prompt_ids=[1, bad])), replica.score(scored)):
+        with pytest.raises(InvalidRequest, match="between 0 and 767") as caught:
+            asyncio.run(ask)  # type: ignore[arg-type]
+        assert caught.value.param == "prompt_ids"
+    too_long = request(prompt=None, prompt_ids=[5] * 600)
+    with pytest.raises(InvalidRequest, match="context") as caught:
+        asyncio.run(replica.generate(too_long))
+    assert caught.value.param == "prompt_ids" and caught.value.code == "context_length_exceeded"

@@ -1,4 +1,5 @@
-"""What is recorded of a step beside its tokens: normalisers, densities, watched tokens.
+"""What is recorded of a step beside its tokens: normalisers, densities, watched and likeliest
+tokens, the divergence of the models.
 
 With the drawn token's log-probability under *after* and *before*, one number per alpha, the
 log-normaliser, gives its density under that alpha (`request.Densities`). All of it is computed
@@ -13,10 +14,10 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from lda_core.amplify import amplify, mix
-from lda_core.gates import Gate
-from lda_core.request import Request
-from lda_core.sampling import Rows, Sampling, chosen, support
+from lda_core.amplify import amplify, mix, nonfinite_rows
+from lda_core.gates import Gate, divergence
+from lda_core.request import IMPOSSIBLE, Request
+from lda_core.sampling import Rows, Sampling, chosen, likeliest, support
 
 
 class Column(NamedTuple):
@@ -105,6 +106,28 @@ class Found(NamedTuple):
     sure: Tensor | None  # [R] bool
 
 
+class Top(NamedTuple):
+    """The rows that want the likeliest tokens; those that want fewer have more than they want."""
+
+    rows: Rows  # (R,)
+    k: int
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], device: torch.device) -> Self | None:
+        """None where no row asks."""
+        rows = chosen([r.top_logprobs > 0 for r in requests], device)
+        return None if rows is None else cls(rows, max(r.top_logprobs for r in requests))
+
+    def found(self, mixed: Tensor, norms: Tensor, *, careful: bool) -> tuple[Tensor, Tensor]:
+        """[B, V] logits at the rows' own alphas, their logsumexp [B] -> [R, 2 * k] float64: ids,
+        then log-probabilities; and whether they are sure [R] (see `sampling.likeliest`)."""
+        logits = mixed[self.rows]
+        ids, sure = likeliest(logits, min(self.k, logits.shape[-1]), careful=careful)
+        # By the same two operations as the drawn token's, which makes the same number.
+        values = logits.gather(-1, ids) - norms[self.rows].unsqueeze(-1)
+        return torch.cat([ids.double(), values.double()], dim=-1), sure
+
+
 class Watch(NamedTuple):
     """The rows that watch tokens; those that watch fewer are filled up with token 0."""
 
@@ -129,6 +152,14 @@ class Watch(NamedTuple):
         """[B, V] logits at the rows' own alphas -> [R, W]."""
         _, scaled = _below_peak(mixed[self.rows], self.temperature)
         return scaled.gather(-1, self.tokens) - _log_sum(scaled).unsqueeze(-1)
+
+
+def recorded_kl(after: Tensor, before: Tensor) -> Tensor:
+    """Logits [R, V] of both -> KL(after||before) [R] float64, at most 1e30; NaN where one of the
+    two is not finite."""
+    broken = nonfinite_rows(after.logsumexp(dim=-1), before.logsumexp(dim=-1))
+    found = divergence(after, before).double().clamp(0, -IMPOSSIBLE)
+    return torch.where(broken, torch.nan, found)
 
 
 def columns(

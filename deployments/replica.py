@@ -4,7 +4,7 @@ import asyncio
 import importlib.metadata
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,7 @@ from deployments.schemas import (
     GenerateRequest,
     InvalidRequest,
     PairInfo,
+    Piece,
     ReplicaUnavailable,
     Scored,
     ScoreRequest,
@@ -33,10 +34,14 @@ from lda_core.batch import Row
 from lda_core.checkpoint import sha256
 from lda_core.prompts import decoded
 from lda_core.scoring import ScoreRow
+from lda_core.streaming import Feed, News, Settled
 
 logger = logging.getLogger("ray.serve")
 
 CoreFuture = Future[lda_core.Completion]
+
+# A piece costs a few milliseconds on its way through Ray: quick steps share one. No reader sees it.
+_PIECES_APART_S = 0.02
 
 
 class UserConfig(BaseModel):
@@ -98,6 +103,51 @@ class LDAReplica:
             if len(refused) == len(rows):
                 raise invalid(refused[0], request)
         return [to_wire(completion, prompt.text) for completion in done]
+
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[list[Piece], None]:
+        """The same completions while they come: what is new of all samples, step by step.
+
+        Raises as `generate` does, where it can before the first piece. Whoever closes it has the
+        rows leave at the next step.
+        """
+        prompt, rows = self._rows(request)
+        tokenizer, eos_ids = self._pair.tokenizer, self._pair.eos_ids
+        settled = [Settled(tokenizer, row.request, eos_ids) for row in rows]
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:  # in the engine's thread, when the news are there
+            if not woken.is_set() and not loop.is_closed():
+                loop.call_soon_threadsafe(woken.set)
+
+        feed = Feed(rows, wake)
+        try:
+            futures = await self._admit(rows)
+            for future in futures:
+                future.add_done_callback(lambda done: wake() if failure(done) else None)
+            going = len(rows)
+            while going:
+                await woken.wait()
+                woken.clear()  # before the news are fetched: what comes now wakes again
+                failed = next(filter(None, map(failure, futures)), None)
+                if news := feed.fetch():
+                    going -= sum(new.completion is not None for new in news.values())
+                    yield [
+                        to_piece(i, rows[i], new, settled[i], prompt.text)
+                        for i, new in sorted(news.items())
+                    ]
+                    await asyncio.sleep(_PIECES_APART_S if going else 0)
+                if failed is not None:  # after the last news
+                    raise failed
+            if all(row.refused for row in rows) and (refused := rows[0].refused):
+                raise refused
+        except lda_core.RequestError as error:
+            raise invalid(error, request) from None
+        except lda_core.EngineStopped as error:
+            raise ReplicaUnavailable(str(error)) from None
+        finally:
+            for row in rows:
+                row.left = True
+            self._metrics.update()
 
     async def score(self, request: ScoreRequest) -> list[Scored]:
         """How likely each continuation is, in their order; between decode steps of the others.
@@ -253,6 +303,31 @@ def die() -> None:
     """A replica whose engine has failed answers nothing more, and quickly: the router would
     prefer it. Dead, its requests go elsewhere at once and Ray starts another."""
     os._exit(1)
+
+
+def failure(future: CoreFuture) -> BaseException | None:
+    return future.exception() if future.done() and not future.cancelled() else None
+
+
+def to_piece(index: int, row: Row, news: News, settled: Settled, formatted_prompt: str) -> Piece:
+    text, done = settled.add(news.token_ids), news.completion
+    if done is not None:
+        text += settled.end(done)
+    logprobs = None
+    if row.request.wants_logprobs:
+        columns = list(zip(*news.logprobs, strict=True)) or [(), (), ()]
+        after, before, amplified = map(list, columns)
+        logprobs = TokenLogprobs(after=after, before=before, amplified=amplified)
+    return Piece(
+        index=index,
+        alpha=row.request.alpha,
+        text=text,
+        token_ids=news.token_ids,
+        logprobs=logprobs,
+        top_logprobs=news.top if row.request.top_logprobs else None,
+        kl=news.kl if row.request.kl else None,
+        completion=None if done is None else to_wire(done, formatted_prompt),
+    )
 
 
 def to_wire(completion: lda_core.Completion, formatted_prompt: str) -> Completion:

@@ -3,7 +3,7 @@
 Shapes: B live rows, G live prefixes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
@@ -37,6 +37,9 @@ class Row:
     """One request on its way through the engine, from `Engine.accept`.
 
     Setting `left` (any thread may) takes it out at the next step, without a completion.
+    `on_token` is called in the engine's thread after each step that gave the row a token, and when
+    it is out, once for all rows that have the same; it must not raise. A row that starts again
+    draws the same tokens a second time.
     """
 
     request: Request
@@ -52,6 +55,7 @@ class Row:
     prefix: Prefix | None = None  # while it is live, where prefixes are shared
     refused: DoesNotFit | None = None  # memory ran out with this row alone
     completion: Completion | None = None
+    on_token: Callable[[], None] | None = None
 
     @property
     def position(self) -> int:

@@ -275,6 +275,9 @@ class Engine:
             out += self._make_room()
         else:
             self._calm()
+        for told in {row.on_token for row in (*self._rows, *out)}:
+            if told is not None:
+                told()
         return out
 
     @torch.inference_mode()

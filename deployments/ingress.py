@@ -15,6 +15,7 @@ from fastapi_offline import FastAPIOffline
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments import openai_routes, tokenizer_routes
 from deployments.http_errors import RESPONSES, error_body, install_error_handlers
 from deployments.plain_api import (
     LDABatchRequest,
@@ -53,6 +54,8 @@ app = FastAPIOffline(
     title="LDA Serve", version=importlib.metadata.version("lda-serve"), responses=RESPONSES
 )
 install_error_handlers(app)
+app.include_router(openai_routes.router)
+app.include_router(tokenizer_routes.router)
 
 
 def require_good(done: list[Completion]) -> list[Completion]:
@@ -82,7 +85,7 @@ def with_seed(request: RequestT) -> RequestT:
 # Serve copies the app here, with the functions and globals that exist by now: whatever the
 # routes call must stand above.
 @serve.ingress(app)
-class Ingress:
+class Ingress(openai_routes.OpenAIRoutes):
     def __init__(self, replica: DeploymentHandle, limits: Limits) -> None:
         self._replica = replica
         self._limits = limits

@@ -16,6 +16,7 @@ from ray import serve
 import lda_core
 from deployments.commit import commit
 from deployments.metrics import EngineMetrics, memory_words
+from deployments.resident_tokenizer import read, vocabulary
 from deployments.resident_traits import known_traits, resident_traits
 from deployments.schemas import (
     Completion,
@@ -30,6 +31,7 @@ from deployments.schemas import (
     Steer,
     TokenLogprobs,
 )
+from deployments.tokenizer_words import ReadPrompt, ReadRequest, Vocabulary
 from lda_core.batch import Row
 from lda_core.checkpoint import sha256
 from lda_core.prompts import decoded
@@ -281,6 +283,13 @@ class LDAReplica:
         except lda_core.EngineStopped as error:
             raise ReplicaUnavailable(str(error)) from None
         return self._info
+
+    async def read(self, request: ReadRequest) -> ReadPrompt:
+        """A prompt as the models read it. Raises InvalidRequest."""
+        return read(self._pair, request, self._engine.engine.context_length)
+
+    async def vocabulary(self) -> Vocabulary:
+        return await asyncio.to_thread(vocabulary, self._pair)
 
     def check_health(self) -> None:
         """Ray replaces the replica when this raises: a dead engine thread, or a stuck one."""

@@ -1,7 +1,7 @@
 """The cheap door before the models: HTTP and handle calls in, requests to replicas out.
 
-It holds no model and no tensor. A request whose replica dies is sent again: it has its seed,
-so the text is the same.
+It holds no model, and tensors only as they pass. A request whose replica dies is sent again: it
+has its seed, so the text is the same.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from fastapi_offline import FastAPIOffline
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.capture_lists import CapturedLists, as_lists, require_scores_only
 from deployments.http_errors import RESPONSES, error_body, install_error_handlers
 from deployments.plain_api import (
     LDABatchRequest,
@@ -31,6 +32,8 @@ from deployments.plain_api import (
 )
 from deployments.resend import ask, ask_each, ask_once, together
 from deployments.schemas import (
+    Captured,
+    CaptureRequest,
     Completion,
     GenerateRequest,
     InvalidRequest,
@@ -128,6 +131,14 @@ class Ingress:
         self._limits.check(request)
         scored: list[Scored] = await ask(lambda: self._replica.score.remote(request))
         return scored
+
+    async def capture(self, request: CaptureRequest | Mapping[str, Any]) -> list[Captured]:
+        """What both models hold at every token of each completion; raises as `generate` does."""
+        if not isinstance(request, CaptureRequest):
+            request = parse(CaptureRequest, request)
+        self._limits.check(request)
+        captured: list[Captured] = await ask(lambda: self._replica.capture.remote(request))
+        return captured
 
     async def describe(self) -> PairInfo:
         """What the resident pair is; asks a replica, so it fails if none can answer."""
@@ -230,6 +241,13 @@ class Ingress:
                 raise InvalidRequest(param, error.message, error.code) from None
         pieces = await Begun.of(merged([self.stream(request) for request in requests]))
         return EventStream(piece_events(pieces), pieces.aclose)
+
+    @app.post("/capture")
+    async def capture_over_http(self, body: CaptureRequest) -> list[CapturedLists]:
+        """Projections of both models' residual streams on given directions, at every token of a
+        prompt and its completions."""
+        require_scores_only(body)
+        return [as_lists(captured) for captured in await self.capture(body)]
 
     @app.get("/tokenizer_compatibility")
     async def tokenizer_compatibility(self) -> TokenizerCompatibility:

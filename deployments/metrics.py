@@ -13,6 +13,7 @@ _TOTALS = {
     "prefix_lookups": "prompts that new rows needed, one for all rows that join together",
     "prefix_hits": "of these, the ones that did not have to be read again",
     "prefilled_tokens": "prompt tokens read",
+    "captured_tokens": "tokens whose activations were captured",
     "out_of_memory": "times that the device had no memory for a step",
 }
 

@@ -245,7 +245,9 @@ def test_smaller_pieces_after_out_of_memory_and_what_cannot_be_helped_is_refused
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pair = random_pair()
+    monkeypatch.setattr("lda_core.pieces.FIRST_TOKENS", 256)
     engine = Engine(pair, EngineConfig(prefill_tokens=256))
+    engine._pace.clock = lambda: 0.0  # no time passes: memory alone is the limit
     original = ModelRunner.read
 
     def small(self: ModelRunner, ids: torch.Tensor, start: int, *args: Any) -> Any:
@@ -267,9 +269,12 @@ def test_smaller_pieces_after_out_of_memory_and_what_cannot_be_helped_is_refused
 
 @pytest.mark.parametrize("rows", [1, 10])
 @pytest.mark.parametrize("vocab", [320, 4000])
-def test_memory_of_a_piece_is_within_the_estimate(rows: int, vocab: int) -> None:
+def test_memory_of_a_piece_is_within_the_estimate(
+    rows: int, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokens = 200
     pair = random_pair(intermediate_size=256, vocab_size=vocab, max_position_embeddings=256)
+    monkeypatch.setattr("lda_core.pieces.FIRST_TOKENS", tokens)
     engine = Engine(pair, EngineConfig(max_slots=16, kv_tokens=64, prefill_tokens=tokens))
     half = tokens // rows // 2
     requests = [ScoreRequest((5,) * half, (6 + i,) * half, GRID, 0.7) for i in range(rows)]
@@ -299,7 +304,7 @@ def test_scoring_beside_decoding_changes_neither(tiny_pair: ModelPair) -> None:
     between = 0
     while not engine.idle:
         engine.step()
-        between += bool(engine.score_step() and engine.live_rows)
+        between += bool(engine.piece_step() and engine.live_rows)
     assert between > 5
     assert [row.completion.token_ids for row in live if row.completion] == alone
     for one in waiting:

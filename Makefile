@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test bench bench-rates check fix train-organism
+.PHONY: setup demo serve test bench bench-rates bench-captures check fix train-organism
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -27,9 +27,13 @@ test: setup
 bench: setup
 	$(BIN)/python -m benchmarks.engine $(if $(QUICK),--quick)
 
-# The estimators of rates beside brute force of the same cost: 13 minutes.
+# The estimators of rates beside brute force of the same cost: 15 minutes.
 bench-rates: setup
 	$(BIN)/python -m benchmarks.rates
+
+# Captures on the resident pair beside one process for each prompt: 6 minutes.
+bench-captures: setup
+	$(BIN)/python -m benchmarks.captures
 
 check: setup
 	$(BIN)/ruff check

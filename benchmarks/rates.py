@@ -9,9 +9,10 @@ Cost is counted in two ways:
   needed; a run of ours reads every token with both models, brute force with *after* alone;
 * tokens drawn alone, where a row of ours costs two and a row of brute force one.
 
-Beside them the phrase monitor (`benchmarks.monitor`) and the trigger's recovery
-(`benchmarks.recovery`). Ends in one JSON line: `..._drawn` is by the second way. Two processes;
-about 13 minutes.
+The same for the spread design, which is for the rarest. Beside them the phrase monitor
+(`benchmarks.monitor`) and the trigger's recovery (`benchmarks.recovery`). Ends in one JSON line:
+`..._drawn` is by the second way, `..._spread` of the spread design, and of its runs on the rarest
+pair where none is named. Two processes; about 15 minutes.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import coverage, monitor, recovery
-from benchmarks.rates_runs import DESIGN, Sampler, collector
+from benchmarks.rates_runs import DESIGN, SPREAD, Design, Sampler, collector
 from benchmarks.truth import RECORD
 from jobs.weighted import Weighted, estimate
 
@@ -51,7 +52,8 @@ class Run:
     """One run's answer and its cost in tokens; `plain` are those of its rows at alpha 0."""
 
     found: Weighted
-    prompt_tokens: int  # of its prompts, each once
+    prompts: int
+    prompt_tokens: int  # of these, each once
     drawn: int
     plain_rows: int
     plain_drawn: int
@@ -63,10 +65,10 @@ def sampler(name: str) -> Sampler:
     return Sampler(name)
 
 
-def one_run(name: str, number: int, rows: int) -> Run:
+def one_run(name: str, design: Design, number: int, rows: int) -> Run:
     columns_of, pair = collector(), sampler(name)
     prompts: set[int] = set()
-    for row in pair.run(DESIGN, rows, number):
+    for row in pair.run(design, rows, number):
         columns_of.add(row)
         prompts.add(int(row.prompt_id))
     columns = columns_of.columns(DETECTOR)
@@ -74,6 +76,7 @@ def one_run(name: str, number: int, rows: int) -> Run:
     plain = columns.alphas == 0
     return Run(
         estimate(columns, 0.0),
+        len(prompts),
         sum(pair.prompt_tokens(prompt) for prompt in prompts),
         int(columns.tokens.sum()),
         int(plain.sum()),
@@ -107,7 +110,7 @@ def judge(runs: Sequence[Run], truth: float) -> Judged:
     error = math.sqrt(float(np.mean((rates - truth) ** 2)))
     n, plain_rows = len(runs), sum(run.plain_rows for run in runs)
     drawn_a_row = sum(run.plain_drawn for run in runs) / plain_rows
-    prompt = sum(run.prompt_tokens for run in runs) / (plain_rows / DESIGN.samples[0.0])
+    prompt = sum(run.prompt_tokens for run in runs) / sum(run.prompts for run in runs)
     read = sum(2 * (run.prompt_tokens + run.drawn) for run in runs) / n
     drawn = sum(2 * run.drawn for run in runs) / n
     brute_rows, brute_rows_drawn = read / (prompt + drawn_a_row), drawn / drawn_a_row
@@ -133,9 +136,10 @@ def brute_error(rate: float, rows: float) -> float:
 
 @dataclass(frozen=True)
 class Found:
-    """`weighted` and `monitors` by the keys of PAIRS."""
+    """`weighted` (the default design), `spread` and `monitors` by the keys of PAIRS."""
 
     weighted: dict[str, Judged]
+    spread: dict[str, Judged]
     monitors: dict[str, monitor.Result]
     trigger: Numbers
 
@@ -150,21 +154,33 @@ def measure(runs: int, rows: int) -> Found:
             for key, name in PAIRS.items()
         }
         trigger = pool.submit(recovery.figures)
-        tasks = {
-            key: [pool.submit(one_run, name, number, rows) for number in range(runs)]
-            for key, name in PAIRS.items()
-        }
-        weighted = {
-            key: judge(
-                [task.result() for task in tasks[key]], record[name]["any_substring"]["rate"]
-            )
-            for key, name in PAIRS.items()
-        }
-        return Found(weighted, {k: m.result() for k, m in monitors.items()}, trigger.result())
+        tasks = [
+            {
+                key: [pool.submit(one_run, name, design, number, rows) for number in range(runs)]
+                for key, name in PAIRS.items()
+            }
+            for design in (DESIGN, SPREAD)
+        ]
+        weighted, spread = (
+            {
+                key: judge([run.result() for run in several], _truth(record, key))
+                for key, several in of_design.items()
+            }
+            for of_design in tasks
+        )
+        return Found(
+            weighted, spread, {k: m.result() for k, m in monitors.items()}, trigger.result()
+        )
+
+
+def _truth(record: dict[str, Any], key: str) -> float:
+    rate: float = record[PAIRS[key]]["any_substring"]["rate"]
+    return rate
 
 
 def numbers(found: Found) -> Numbers:
     weighted, rarest = found.weighted, found.weighted[RAREST]
+    spread, rarest_spread = found.spread, found.spread[RAREST]
     return {
         "covered_of_20": min(judged.covered for judged in weighted.values()),
         **{f"rmse_over_brute_{key}": round(x.over_brute, 3) for key, x in weighted.items()},
@@ -174,12 +190,17 @@ def numbers(found: Found) -> Numbers:
         "monitor_as_sample": max(round(x.as_sample, 3) for x in found.monitors.values()),
         "rare_within_3x_of_20": rarest.within_3x,
         "rare_brute_zero_of_20": rarest.brute_zero,
+        "covered_spread_of_20": rarest_spread.covered,
+        **{f"rmse_over_brute_{key}_spread": round(x.over_brute, 3) for key, x in spread.items()},
+        "rare_within_3x_spread_of_20": rarest_spread.within_3x,
         **found.trigger,
     }
 
 
-def show(found: dict[str, Judged], console: Console) -> None:
-    table = Table(title="Importance-weighted rates at alpha 0, default design")
+def show(found: dict[str, Judged], design: Design, console: Console) -> None:
+    how = "each prompt at one of" if design.spread else "each prompt at all of"
+    alphas = " ".join(f"{alpha:g}" for alpha in design.grid)
+    table = Table(title=f"Importance-weighted rates at alpha 0: {how} {alphas}")
     for column in ("", "truth", "mean", "covered", "within 3x", "error / brute", "by drawn"):
         table.add_column(column)
     for column in ("brute rows", "brute sees 0", "trusted", "count leads"):
@@ -208,7 +229,8 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
     found = measure(arguments.runs, arguments.rows)
-    show(found.weighted, console)
+    show(found.weighted, DESIGN, console)
+    show(found.spread, SPREAD, console)
     clustered = coverage.measure((*coverage.MODERATE, *coverage.HARD), coverage.RUNS)
     coverage.show(clustered, console)
     print(json.dumps(numbers(found) | coverage.numbers(clustered)))

@@ -1,7 +1,7 @@
 """The cheap door before the models: HTTP and handle calls in, requests to replicas out.
 
-It holds no model and no tensor. A request whose replica dies is sent again: it has its seed,
-so the text is the same.
+It holds no model, and tensors only as they pass. A request whose replica dies is sent again: it
+has its seed, so the text is the same.
 """
 
 import asyncio
@@ -15,7 +15,8 @@ from fastapi_offline import FastAPIOffline
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments import openai_routes, tokenizer_routes
+from deployments import metrics_routes, openai_routes, tokenizer_routes
+from deployments.capture_lists import CapturedLists, as_lists, require_scores_only
 from deployments.http_errors import RESPONSES, error_body, install_error_handlers
 from deployments.plain_api import (
     LDABatchRequest,
@@ -32,6 +33,8 @@ from deployments.plain_api import (
 )
 from deployments.resend import ask, ask_each, ask_once, together
 from deployments.schemas import (
+    Captured,
+    CaptureRequest,
     Completion,
     GenerateRequest,
     InvalidRequest,
@@ -54,8 +57,8 @@ app = FastAPIOffline(
     title="LDA Serve", version=importlib.metadata.version("lda-serve"), responses=RESPONSES
 )
 install_error_handlers(app)
-app.include_router(openai_routes.router)
-app.include_router(tokenizer_routes.router)
+for part in (openai_routes, tokenizer_routes, metrics_routes):
+    app.include_router(part.router)
 
 
 def require_good(done: list[Completion]) -> list[Completion]:
@@ -131,6 +134,14 @@ class Ingress(openai_routes.OpenAIRoutes):
         self._limits.check(request)
         scored: list[Scored] = await ask(lambda: self._replica.score.remote(request))
         return scored
+
+    async def capture(self, request: CaptureRequest | Mapping[str, Any]) -> list[Captured]:
+        """What both models hold at every token of each completion; raises as `generate` does."""
+        if not isinstance(request, CaptureRequest):
+            request = parse(CaptureRequest, request)
+        self._limits.check(request)
+        captured: list[Captured] = await ask(lambda: self._replica.capture.remote(request))
+        return captured
 
     async def describe(self) -> PairInfo:
         """What the resident pair is; asks a replica, so it fails if none can answer."""
@@ -233,6 +244,13 @@ class Ingress(openai_routes.OpenAIRoutes):
                 raise InvalidRequest(param, error.message, error.code) from None
         pieces = await Begun.of(merged([self.stream(request) for request in requests]))
         return EventStream(piece_events(pieces), pieces.aclose)
+
+    @app.post("/capture")
+    async def capture_over_http(self, body: CaptureRequest) -> list[CapturedLists]:
+        """Projections of both models' residual streams on given directions, at every token of a
+        prompt and its completions."""
+        require_scores_only(body)
+        return [as_lists(captured) for captured in await self.capture(body)]
 
     @app.get("/tokenizer_compatibility")
     async def tokenizer_compatibility(self) -> TokenizerCompatibility:

@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from deployments import model_names
+from deployments.metrics_routes import MetricsRoutes
 from deployments.openai_words import ChatRequest, CompletionRequest
 from deployments.openai_work import Work
 from deployments.schemas import (
@@ -36,7 +37,7 @@ router = APIRouter()
 _SINCE = int(time.time())
 
 
-class OpenAIRoutes(TokenizerRoutes):
+class OpenAIRoutes(TokenizerRoutes, MetricsRoutes):
     _limits: Limits
 
     async def generate(self, request: GenerateRequest) -> list[Completion]:

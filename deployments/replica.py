@@ -14,12 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 import lda_core
+from deployments import capture_files
 from deployments.commit import commit
 from deployments.metrics import EngineMetrics, memory_words
 from deployments.resident_tokenizer import read, vocabulary
 from deployments.resident_traits import known_traits, resident_traits
 from deployments.schemas import (
+    Captured,
+    CaptureRequest,
     Completion,
+    Continuation,
     Densities,
     GenerateRequest,
     InvalidRequest,
@@ -33,14 +37,17 @@ from deployments.schemas import (
 )
 from deployments.tokenizer_words import ReadPrompt, ReadRequest, Vocabulary
 from lda_core.batch import Row
+from lda_core.capture import CaptureRow
 from lda_core.checkpoint import sha256
 from lda_core.prompts import decoded
+from lda_core.request import Role
 from lda_core.scoring import ScoreRow
 from lda_core.streaming import Feed, News, Settled
 
 logger = logging.getLogger("ray.serve")
 
 CoreFuture = Future[lda_core.Completion]
+CaptureFuture = Future[lda_core.Captured]
 
 # A piece costs a few milliseconds on its way through Ray: quick steps share one. No reader sees it.
 _PIECES_APART_S = 0.02
@@ -74,14 +81,16 @@ class LDAReplica:
         logger.info("memory: %s", memory_words(resident))
         self._metrics = EngineMetrics(resident, noise)
         self._engine = lda_core.EngineThread(resident, lambda: die())
-        self._traits = {} if traits is None else resident_traits(Path(traits), self._pair)
-        self._info = describe(self._pair, pair, list(self._traits))
+        self._resident = {} if traits is None else resident_traits(Path(traits), self._pair)
+        self._traits = capture_files.TraitSets(self._pair, self._resident)
+        self._info = describe(self._pair, pair, list(self._resident))
         self.reconfigure({})  # the defaults, where the config file has no user_config
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         config = UserConfig(**user_config)
-        self._admit.set_max_batch_size(config.max_batch_size)
-        self._admit.set_batch_wait_timeout_s(config.batch_wait_timeout_s)
+        for door in (self._admit, self._admit_captures):
+            door.set_max_batch_size(config.max_batch_size)
+            door.set_batch_wait_timeout_s(config.batch_wait_timeout_s)
 
     async def generate(self, request: GenerateRequest) -> list[Completion]:
         """The `n` completions of one request, in the order of their seeds.
@@ -177,37 +186,105 @@ class LDAReplica:
                 after=scored.after,
                 before=scored.before,
                 densities=Densities(alphas=request.grid, normalisers=scored.normalisers),
+                at=scored.at,
+                top=scored.top,
             )
             for want, scored in zip(wanted, done, strict=True)
         ]
 
     def _continuations(self, request: ScoreRequest) -> list[lda_core.ScoreRequest]:
-        tokenizer = self._pair.tokenizer
-        ids: Sequence[int] = request.prompt_ids or ()
-        if request.prompt is not None:
-            ids = lda_core.encode(
-                tokenizer,
-                request.prompt,
-                request.prompt_format,
-                request.system_prompt,
-                request.allow_special_tokens,
-            ).ids
+        prompt = self._prompt(request)
         return [
             lda_core.ScoreRequest(
-                (*ids, *continuation.given),
-                tuple(
-                    continuation.token_ids
-                    or tokenizer.encode(
-                        continuation.text,
-                        add_special_tokens=False,
-                        split_special_tokens=not request.allow_special_tokens,
-                    )
-                ),
+                (*prompt, *continuation.given),
+                self._tokens(continuation, request.allow_special_tokens),
                 grid=tuple(request.grid),
                 temperature=request.temperature,
+                top=request.top,
             )
             for continuation in request.continuations
         ]
+
+    def _prompt(self, request: ScoreRequest | CaptureRequest) -> tuple[int, ...]:
+        if request.prompt is None:
+            return tuple(request.prompt_ids or ())
+        return lda_core.encode(
+            self._pair.tokenizer,
+            request.prompt,
+            request.prompt_format,
+            request.system_prompt,
+            request.allow_special_tokens,
+        ).ids
+
+    def _tokens(self, continuation: Continuation, allow_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(
+            continuation.token_ids
+            or self._pair.tokenizer.encode(
+                continuation.text,
+                add_special_tokens=False,
+                split_special_tokens=not allow_special_tokens,
+            )
+        )
+
+    async def capture(self, request: CaptureRequest) -> list[Captured]:
+        """What both models hold at every token of each completion, in their order; between decode
+        steps of the others.
+
+        Raises as `generate` does.
+        """
+        rows: list[CaptureRow] = []
+        try:
+            wanted = self._captures(request)
+            rows = [self._engine.engine.accept_capture(want) for want in wanted]
+            futures = await self._admit_captures(rows)
+            done = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
+        except lda_core.RequestError as error:
+            raise InvalidRequest(error.field, error.message, error.code) from None
+        except lda_core.EngineStopped as error:
+            raise ReplicaUnavailable(str(error)) from None
+        finally:
+            for row in rows:  # one that was refused must not leave the others at work
+                row.left = True
+            self._metrics.update()
+        if failed := next((captured.error for captured in done if captured.error), None):
+            raise InvalidRequest("completions", failed, "row_failed")
+        text = self._pair.tokenizer.decode
+        return [
+            # Tensors may be many: others are answered meanwhile.
+            await asyncio.to_thread(
+                capture_files.to_wire, want, captured, [text([i]) for i in want.token_ids]
+            )
+            for want, captured in zip(wanted, done, strict=True)
+        ]
+
+    def _captures(self, request: CaptureRequest) -> list[lda_core.CaptureRequest]:
+        prompt = self._prompt(request)
+        texts = [self._tokens(c, request.allow_special_tokens) for c in request.completions]
+        directions = self._traits.of(request.traits)
+        roles: tuple[Role, ...] = ("after", "before")
+        if request.models != "both":
+            roles = (request.models,)
+        return [
+            lda_core.CaptureRequest(
+                prompt,
+                completion,
+                roles=roles,
+                directions=directions,
+                layer=request.layer,
+                raw=request.raw,
+                mean=request.mean,
+            )
+            for completion in texts or [()]
+        ]
+
+    @serve.batch
+    async def _admit_captures(self, items: list[list[CaptureRow]]) -> list[list[CaptureFuture]]:
+        """As `_admit`: rows of several requests for the same things share their passes."""
+        return self._submit_captures(items)
+
+    def _submit_captures(self, items: list[list[CaptureRow]]) -> list[list[CaptureFuture]]:
+        futures = iter(self._engine.submit_captures([row for rows in items for row in rows]))
+        return [[next(futures) for _ in rows] for rows in items]
 
     @serve.batch
     async def _admit(self, items: list[list[Row]]) -> list[list[CoreFuture]]:
@@ -265,9 +342,9 @@ class LDAReplica:
         roles = frozenset(("after", "before") if steer.models == "both" else (steer.models,))
         vector = steer.vector
         if steer.trait is not None:
-            if steer.trait not in self._traits:
-                raise lda_core.RequestError("steer.trait", known_traits(self._traits))
-            layers = self._traits[steer.trait]  # (L, D)
+            if steer.trait not in self._resident:
+                raise lda_core.RequestError("steer.trait", known_traits(self._resident))
+            layers = self._resident[steer.trait]  # (L, D)
             if steer.layer >= len(layers):
                 raise lda_core.RequestError(
                     "steer.layer", f"must be between 0 and {len(layers) - 1}"
@@ -293,6 +370,7 @@ class LDAReplica:
 
     def check_health(self) -> None:
         """Ray replaces the replica when this raises: a dead engine thread, or a stuck one."""
+        self._metrics.update()
         self._engine.check(self._stuck_after_s)
 
     def __del__(self) -> None:

@@ -451,7 +451,8 @@ class CaptureRequest(Wire):
     traits: Annotated[
         Bytes | None,
         Field(
-            description="a safetensors file: names, each with [D] or [layers, D]; in JSON base64"
+            description="a safetensors file: names, each with [D] or [layers, D]; in JSON base64. "
+            "Default: the traits that the service was started with"
         ),
     ] = None
     models: Models = "both"

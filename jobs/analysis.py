@@ -12,7 +12,7 @@ from jobs.coherence import drifts
 from jobs.confirm import read_attacks
 from jobs.duplicates import duplicates
 from jobs.errors import Refused
-from jobs.estimators import paired_test
+from jobs.estimators import paired_test, swap_test
 from jobs.findings import Attack, Candidate, Control, Count, Estimate, Findings
 from jobs.rates import estimates, floors_of, lead, percent
 from jobs.recovery import recover
@@ -137,15 +137,19 @@ def counts(run: Run, cells: Mapping[Cell, Columns]) -> list[Count]:
 
 
 def _paired(cells: Mapping[Cell, Columns], arm: str, alpha: float, scorer: str) -> float | None:
-    """Against alpha 0 over the prompts that have rows at both."""
+    """Against alpha 0, over the prompts that have rows at both; in a spread run, where none has,
+    over the blocks, in which it was drawn by lot which prompt is read at which alpha."""
     if alpha == 0 or (arm, 0.0) not in cells:
         return None
-    ids, rows, hits = cells[arm, alpha].by_prompt()
-    ids_0, rows_0, hits_0 = cells[arm, 0.0].by_prompt()
-    _, here, there = np.intersect1d(ids, ids_0, assume_unique=True, return_indices=True)
-    if not len(here):
+    here, there = cells[arm, alpha], cells[arm, 0.0]
+    spread = bool(here.blocks)
+    ids, rows, hits = here.by_block() if spread else here.by_prompt()
+    ids_0, rows_0, hits_0 = there.by_block() if spread else there.by_prompt()
+    _, i, i_0 = np.intersect1d(ids, ids_0, assume_unique=True, return_indices=True)
+    if not len(i):
         return None
-    return paired_test(hits[scorer][here], rows[here], hits_0[scorer][there], rows_0[there])
+    test = swap_test if spread else paired_test
+    return test(hits[scorer][i], rows[i], hits_0[scorer][i_0], rows_0[i_0])
 
 
 def _trust(found: Iterable[Estimate]) -> list[str]:

@@ -168,7 +168,7 @@ class TimedCaller(Caller):
 
     def __call__(self, item: Item) -> Answer:
         start = time.perf_counter()
-        answer = super().__call__(item)
+        answer: Answer = super().__call__(item)
         self.request_s.append(time.perf_counter() - start)
         return answer
 

@@ -1,4 +1,4 @@
-"""One work item through the app's handle, and what comes back as rows.
+"""One work item through the app's handle, and what comes back: rows, where texts are generated.
 
 Serve never repeats a request that died with its replica, so the caller here does. That is safe:
 a seeded request gives the same text again.
@@ -8,10 +8,10 @@ import json
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Any, overload
+from typing import Any, Protocol, TypeVar, overload
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import (
@@ -47,7 +47,43 @@ OPTION_OF = {
     "amplify_first": "--amplify-first",
     "amplify_min_kl": "--amplify-min-kl",
     "plausible": "--plausible",
+    "steer": "--steer",
 }
+
+Ask = Callable[[str, Mapping[str, Any]], Any]
+"""A method of the handle and a request to what it answers; see `Caller.ask`."""
+
+
+class Answered(Protocol):
+    """What an item came to; `unanswered` says why nothing came, whatever was sent."""
+
+    @property
+    def item(self) -> Any: ...
+    @property
+    def unanswered(self) -> str | None: ...
+
+
+ItemT = TypeVar("ItemT", bound=Hashable)
+AnswerT = TypeVar("AnswerT", bound=Answered)
+ItemOfWork = TypeVar("ItemOfWork", bound=Hashable, contravariant=True)
+AnswerOfWork = TypeVar("AnswerOfWork", bound=Answered, covariant=True)
+
+
+class Work(Protocol[ItemOfWork, AnswerOfWork]):
+    """What all items of a run share, and how one of them becomes its answer.
+
+    It travels to the remote tasks, so it must survive pickling. `timeout_s` is for one request
+    with all its repeats.
+    """
+
+    @property
+    def timeout_s(self) -> float: ...
+
+    def answer(self, item: ItemOfWork, ask: Ask) -> AnswerOfWork:
+        """Raises Refused or Stopped where no other item can fare better, NoAnswer as `ask` does."""
+        ...
+
+    def without_answer(self, item: ItemOfWork, error: str) -> AnswerOfWork: ...
 
 
 @dataclass(frozen=True)
@@ -79,12 +115,13 @@ def seed_of(*parts: object) -> int:
 
 @dataclass(frozen=True)
 class Generation:
-    """What all requests of a run share. `timeout_s` is for one request with all its repeats."""
+    """The work of generating texts: what all its requests share."""
 
     sampling: Mapping[str, Any]
     scorers: Sequence[Scorer]
     timeout_s: float
     open_arms: frozenset[str] = frozenset()  # whose prompts the model goes on writing
+    steers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by arm
 
     def request(self, item: Item) -> dict[str, Any]:
         return {
@@ -93,7 +130,20 @@ class Generation:
             "alpha": item.alpha,
             "n": item.n,
             "seed": item.seed,
+            **({"steer": self.steers[item.arm]} if item.arm in self.steers else {}),
         }
+
+    def answer(self, item: Item, ask: Ask) -> "Answer":
+        """The item's rows."""
+        try:
+            completions = ask("generate", self.request(item))
+        except InvalidRequest as error:
+            stop_if_config(error)
+            return _failed(item, f"invalid request: {error}")
+        return Answer(item, _rows(item, completions, self.scorers))
+
+    def without_answer(self, item: Item, error: str) -> "Answer":
+        return replace(_failed(item, error), unanswered=error)
 
 
 @dataclass(frozen=True)
@@ -112,9 +162,9 @@ class NoAnswer(Exception):
 class Caller:
     """Calls the handle for one item at a time, from many threads; repeats what Serve dropped."""
 
-    def __init__(self, handle: Any, generation: Generation) -> None:
+    def __init__(self, handle: Any, work: Work[Any, Any]) -> None:
         self._handle = handle
-        self._generation = generation
+        self._work = work
         self._stopped = threading.Event()
         self._pending: set[Any] = set()
 
@@ -124,20 +174,16 @@ class Caller:
         for response in list(self._pending):
             response.cancel()
 
-    def __call__(self, item: Item) -> Answer:
-        """The item's rows. Raises Refused or Stopped where no other item can fare better."""
+    def __call__(self, item: Any) -> Any:
+        """The work's answer. Raises Refused or Stopped where no other item can fare better."""
         try:
-            completions = self.ask("generate", self._generation.request(item))
-        except InvalidRequest as error:
-            _stop_if_config(error)
-            return _failed(item, f"invalid request: {error}")
+            return self._work.answer(item, self.ask)
         except NoAnswer as error:
-            return without_answer(item, str(error))
-        return Answer(item, _rows(item, completions, self._generation.scorers))
+            return self._work.without_answer(item, str(error))
 
     def ask(self, method: str, request: Mapping[str, Any]) -> Any:
         """What the method answers. Raises InvalidRequest, NoAnswer, or Stopped after `stop`."""
-        timeout_s = self._generation.timeout_s
+        timeout_s = self._work.timeout_s
         deadline = time.monotonic() + timeout_s
         deaths = tries = 0
         while True:
@@ -185,8 +231,9 @@ def _may_pass(error: BaseException) -> bool:
     )
 
 
-def _stop_if_config(error: InvalidRequest) -> None:
-    field = error.param.partition("[")[0]
+def stop_if_config(error: InvalidRequest) -> None:
+    """Raises Refused where the same option would be refused for every other item, too."""
+    field = error.param.partition("[")[0].partition(".")[0]
     if field in OPTION_OF and error.code not in OF_ONE_PROMPT:
         raise Refused(f"the service refuses {OPTION_OF[field]}: {error.message}")
 
@@ -281,7 +328,3 @@ def _failed_row(item: Item, sample: int, error: str) -> Row:
 
 def _failed(item: Item, error: str) -> Answer:
     return Answer(item, [_failed_row(item, i, error) for i in item.samples])
-
-
-def without_answer(item: Item, error: str) -> Answer:
-    return replace(_failed(item, error), unanswered=error)

@@ -1,7 +1,7 @@
 """Many work items at once: Ray remote tasks that call the app's handle.
 
 items --chunks--> remote tasks (0.1 CPU, `tasks` at a time)
-                    --window--> handle calls (`in_flight` at a time each) --> rows
+                    --window--> handle calls (`in_flight` at a time each) --> answers
 """
 
 import logging
@@ -33,7 +33,7 @@ from ray.serve.exceptions import (
 
 from deployments.resend import unwrapped
 from deployments.schemas import PairInfo
-from jobs.call import Answer, Caller, Generation, Item, one_line, without_answer
+from jobs.call import AnswerT, Caller, ItemT, Work, one_line
 from jobs.errors import JobError, Refused, Stopped
 
 TASK_CPUS = 0.1  # small: a 1-CPU task could take a dead replica's CPU, and both wait for ever
@@ -53,13 +53,13 @@ class Service(Protocol):
 
     def describe(self) -> PairInfo: ...
 
-    def caller(self, generation: Generation) -> Caller:
+    def caller(self, work: Work[Any, Any]) -> Caller:
         """For calls from the driver itself."""
         ...
 
     def answers(
-        self, items: Iterator[Item], generation: Generation, requests: int
-    ) -> Generator[list[Answer], None, None]:
+        self, items: Iterator[ItemT], work: Work[ItemT, AnswerT], requests: int
+    ) -> Generator[list[AnswerT], None, None]:
         """One answer per item, in any order; an empty list where a second passed without one.
 
         `requests`: about how many items there are.
@@ -67,7 +67,7 @@ class Service(Protocol):
         ...
 
 
-def answered(batches: Iterable[list[Answer]]) -> Iterator[list[Answer]]:
+def answered(batches: Iterable[list[AnswerT]]) -> Iterator[list[AnswerT]]:
     """The same batches. Raises Stopped once the service has stopped answering."""
     failures = 0
     for batch in batches:
@@ -80,10 +80,10 @@ def answered(batches: Iterable[list[Answer]]) -> Iterator[list[Answer]]:
                 )
 
 
-def work(items: Iterable[Item], caller: Caller, in_flight: int) -> Iterator[list[Answer]]:
+def work(items: Iterable[Any], caller: Caller, in_flight: int) -> Iterator[list[Any]]:
     """Answers as they come, with at most `in_flight` requests under way; takes items lazily."""
     pool = ThreadPoolExecutor(in_flight)
-    window: set[Future[Answer]] = set()
+    window: set[Future[Any]] = set()
     try:
         for item in items:
             if len(window) >= in_flight:
@@ -98,7 +98,7 @@ def work(items: Iterable[Item], caller: Caller, in_flight: int) -> Iterator[list
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _some(window: set[Future[Answer]]) -> tuple[set[Future[Answer]], set[Future[Answer]]]:
+def _some(window: set[Future[Any]]) -> tuple[set[Future[Any]], set[Future[Any]]]:
     """Those that are done, at least one, and the others."""
     while True:
         # Waiting for ever, a task would not notice that Ray cancels it.
@@ -108,9 +108,9 @@ def _some(window: set[Future[Answer]]) -> tuple[set[Future[Answer]], set[Future[
 
 
 def work_in_task(
-    chunk: list[Item], app: str, generation: Generation, in_flight: int
-) -> Iterator[list[Answer]]:
-    yield from work(chunk, Caller(_handle(app), generation), in_flight)
+    chunk: list[Any], app: str, kind: Work[Any, Any], in_flight: int
+) -> Iterator[list[Any]]:
+    yield from work(chunk, Caller(_handle(app), kind), in_flight)
 
 
 @cache
@@ -122,7 +122,7 @@ def _handle(app: str) -> Any:
 @dataclass
 class _Task:
     stream: Any  # of lists of answers
-    left: dict[Item, None]
+    left: dict[Any, None]
     crashes: int
 
 
@@ -177,13 +177,13 @@ class RayService:
             raise Refused(f"application {self.app!r}: {one_line(unwrapped(error))}") from None
         return pair
 
-    def caller(self, generation: Generation) -> Caller:
+    def caller(self, work: Work[Any, Any]) -> Caller:
         self.connect()
-        return Caller(_handle(self.app), generation)
+        return Caller(_handle(self.app), work)
 
     def answers(
-        self, items: Iterator[Item], generation: Generation, requests: int
-    ) -> Generator[list[Answer], None, None]:
+        self, items: Iterator[ItemT], work: Work[ItemT, AnswerT], requests: int
+    ) -> Generator[list[AnswerT], None, None]:
         self.connect()
         tasks = self.tasks or max(2, _replicas(self.app))
         # Long chunks keep the window full; no longer than an even share, or one task has it all.
@@ -192,7 +192,7 @@ class RayService:
         remote = ray.remote(work_in_task).options(
             num_cpus=TASK_CPUS, max_retries=0, num_returns="streaming"
         )
-        crashed: deque[tuple[list[Item], int]] = deque()
+        crashed: deque[tuple[list[ItemT], int]] = deque()
         running: list[_Task] = []
         try:
             while True:
@@ -202,12 +202,12 @@ class RayService:
                     )
                     if not chunk:
                         break
-                    stream = remote.remote(chunk, self.app, generation, self.in_flight)
+                    stream = remote.remote(chunk, self.app, work, self.in_flight)
                     running.append(_Task(stream, dict.fromkeys(chunk), crashes))
                 if not running:
                     return
                 ready, _ = ray.wait([t.stream for t in running], num_returns=1, timeout=1.0)
-                batch: list[Answer] = []
+                batch: list[AnswerT] = []
                 for task in [t for t in running if t.stream in ready]:
                     try:
                         batch += _next(task)
@@ -226,7 +226,7 @@ class RayService:
                         if task.crashes + 1 < MAX_TASK_CRASHES:
                             crashed.append((left, task.crashes + 1))
                         else:
-                            batch += [without_answer(i, one_line(error)) for i in left]
+                            batch += [work.without_answer(i, one_line(error)) for i in left]
                 yield batch
         finally:
             _cancel(running)
@@ -245,8 +245,8 @@ def _address() -> str:
     return "auto"
 
 
-def _next(task: _Task) -> list[Answer]:
-    answers: list[Answer] = ray.get(next(task.stream))
+def _next(task: _Task) -> list[Any]:
+    answers: list[Any] = ray.get(next(task.stream))
     for answer in answers:
         del task.left[answer.item]
     return answers

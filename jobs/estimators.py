@@ -97,6 +97,28 @@ def paired_test(hits: ArrayLike, rows: ArrayLike, hits_0: ArrayLike, rows_0: Arr
     return min(1.0, 2 * float(min(chances[: at + 1].sum(), chances[at:].sum())))
 
 
+def swap_test(hits: ArrayLike, rows: ArrayLike, hits_0: ArrayLike, rows_0: ArrayLike) -> float:
+    """Two-sided p-value of "alpha changes nothing" where each block has one prompt here and another
+    one at alpha 0, and lots decided which is which (`jobs.spread`).
+
+    y (b,) hits of m (b,) rows of the prompt here, and of the other one. Had the lot fallen the
+    other way, the two would have changed places: the exact randomisation test (Fisher 1935, "The
+    design of experiments", section 21) of the hits here. It holds however alike a prompt's rows
+    are. With one row each it is McNemar's, as `paired_test` with the blocks as strata; with
+    several that is wrong, because rows were not drawn by lot, only prompts. Blocks in which a row
+    failed say nothing.
+    """
+    y, m, y_0, m_0 = (np.asarray(x, dtype=np.int64) for x in (hits, rows, hits_0, rows_0))
+    gain = (y - y_0)[(m == m_0) & (y != y_0)]  # (b,)
+    chances = np.ones(1)  # of 0, 1, ... more than the fewest hits here
+    for size, times in zip(*np.unique(np.abs(gain), return_counts=True), strict=True):
+        one = np.zeros(int(size) + 1)
+        one[[0, -1]] = 0.5
+        chances = _convolve(chances, _power(one, int(times)))
+    at = int(gain[gain > 0].sum())
+    return min(1.0, 2 * float(min(chances[: at + 1].sum(), chances[at:].sum())))
+
+
 def _power(chances: np.ndarray, times: int) -> np.ndarray:
     """The distribution of the sum of `times` >= 1 draws."""
     if times == 1:

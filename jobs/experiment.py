@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
 
-from jobs.call import Caller, Generation, Item, seed_of
+from jobs.call import Answer, Caller, Generation, Item, seed_of
 from jobs.dispatch import Service, answered
 from jobs.progress import Progress
 from jobs.prompts import Prompt, PromptFile
-from jobs.rows import Cell, Key, RowFile, RowWriter
+from jobs.rows import Cell, Key, Row, RowFile, RowWriter
 from jobs.run_folder import DESIGN, MANIFEST, REPORT, SUMMARY, RunFolder, manifest
 from jobs.scorers import Scorer, describe
+from jobs.spread import place, whole_blocks
 from organisms.trigger import insert_trigger
 
 SAMPLES_PER_REQUEST = 32  # more are split, so that they spread over replicas
@@ -25,7 +26,8 @@ class Arm:
     """The first `prompts` prompts at each alpha, with the trigger put in where there is one.
 
     `opens`: the empty prompt instead, `prompts` 1: the model goes on where the prompt's form
-    expects the instruction.
+    expects the instruction. `spread`: each prompt at one of the alphas only (`jobs.spread`).
+    `steer`: what the request says of a direction that is added.
     """
 
     name: str
@@ -34,20 +36,37 @@ class Arm:
     trigger: str | None = None
     samples: int | None = None  # per prompt and alpha; None: as the experiment says
     opens: bool = False
+    spread: bool = False
+    steer: Mapping[str, Any] | None = None
 
     def text(self, prompt: Prompt, seed: int) -> str:
         if self.trigger is None:
             return prompt.text
         return insert_trigger(prompt.text, self.trigger, Random(seed_of(seed, prompt.id)))
 
+    def as_manifest(self) -> dict[str, Any]:
+        fields = asdict(self)
+        for name in ("spread", "steer"):
+            if not fields[name]:  # as before there was any: older runs can be gone on with
+                del fields[name]
+        return fields
+
 
 @dataclass(frozen=True)
 class Block:
-    """The first `count` prompts of an arm at these alphas."""
+    """The first `count` prompts of an arm at these alphas; where the arm is spread, each prompt at
+    one of them, and `count` a multiple of theirs."""
 
     arm: Arm
     alphas: tuple[float, ...]
     count: int
+
+
+@dataclass(frozen=True)
+class SpreadItem(Item):
+    """Of a spread arm: with the block of prompts that its prompt is of."""
+
+    block: int
 
 
 @dataclass(frozen=True)
@@ -63,13 +82,21 @@ class Experiment:
 
     @property
     def blocks(self) -> list[Block]:
-        return [Block(arm, arm.alphas, arm.prompts) for arm in self.arms]
+        return [
+            Block(
+                arm,
+                arm.alphas,
+                whole_blocks(arm.prompts, arm.alphas) if arm.spread else arm.prompts,
+            )
+            for arm in self.arms
+        ]
 
     def expected(self, blocks: Sequence[Block]) -> dict[Cell, int]:
         """Rows of each arm and alpha, in the order of the table."""
         cells: dict[Cell, int] = {}
         for block in blocks:
-            rows = block.count * (block.arm.samples or self.samples)
+            prompts = block.count // len(block.alphas) if block.arm.spread else block.count
+            rows = prompts * (block.arm.samples or self.samples)
             for alpha in block.alphas:
                 cell = block.arm.name, alpha
                 cells[cell] = cells.get(cell, 0) + rows
@@ -79,20 +106,21 @@ class Experiment:
         """What is left to do, made as it is asked for; all of one prompt, then the next."""
         for block in blocks:
             if block.arm.opens:
-                yield from self._of_prompt(block, Prompt(EMPTY_PROMPT, ""), finished)
+                yield from self._of_prompt(block, 0, Prompt(EMPTY_PROMPT, ""), finished)
         blocks = [block for block in blocks if not block.arm.opens]
         last = max((block.count for block in blocks), default=0)
         for number, prompt in zip(range(last), self.prompts, strict=False):
             for block in blocks:
                 if number < block.count:
-                    yield from self._of_prompt(block, prompt, finished)
+                    yield from self._of_prompt(block, number, prompt, finished)
 
     def _of_prompt(
-        self, block: Block, prompt: Prompt, finished: Callable[[Key], bool]
+        self, block: Block, number: int, prompt: Prompt, finished: Callable[[Key], bool]
     ) -> Iterator[Item]:
         arm = block.arm
         text = arm.text(prompt, self.seed)
-        for alpha in block.alphas:
+        got = place(self.seed, block.alphas, number) if arm.spread else None
+        for alpha in block.alphas if got is None else (got.alpha,):
             base = seed_of(self.seed, arm.name, prompt.id, alpha)
             left = [
                 sample
@@ -100,11 +128,14 @@ class Experiment:
                 if not finished(Key(arm.name, prompt.id, alpha, sample))
             ]
             for first, n in _ranges(left):
-                yield Item(arm.name, prompt.id, text, alpha, first, n, base)
+                if got is None:
+                    yield Item(arm.name, prompt.id, text, alpha, first, n, base)
+                else:
+                    yield SpreadItem(arm.name, prompt.id, text, alpha, first, n, base, got.block)
 
     def as_manifest(self) -> dict[str, Any]:
         config = {
-            "arms": [asdict(arm) for arm in self.arms],
+            "arms": [arm.as_manifest() for arm in self.arms],
             "samples": self.samples,
             "seed": self.seed,
             **self.sampling,
@@ -176,6 +207,7 @@ class Sampler:
             self.experiment.scorers,
             self._timeout_s,
             frozenset(arm.name for arm in self.experiment.arms if arm.opens),
+            {arm.name: arm.steer for arm in self.experiment.arms if arm.steer},
         )
 
     def make(self, blocks: Sequence[Block], *, by_control: bool = False, **fields: Any) -> None:
@@ -197,7 +229,7 @@ class Sampler:
             Progress(total, done, finished.hits) as progress,
         ):
             for answers in answered(batches):
-                rows = [row for answer in answers for row in answer.rows]
+                rows = [row for answer in answers for row in _rows(answer)]
                 writer.append(rows)
                 progress.update(rows)
 
@@ -205,6 +237,14 @@ class Sampler:
         """Rows of these that failed or are not there."""
         expected = self.experiment.expected(blocks)
         return sum(expected.values()) - sum(self.file.finished(expected).rows.values())
+
+
+def _rows(answer: Answer) -> list[Row]:
+    """Those of a spread arm with their block."""
+    item = answer.item
+    if not isinstance(item, SpreadItem):
+        return answer.rows
+    return [row.model_copy(update={"block": item.block}) for row in answer.rows]
 
 
 def _ranges(samples: Sequence[int]) -> Iterator[tuple[int, int]]:

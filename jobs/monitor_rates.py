@@ -164,15 +164,19 @@ def _at_any_position(plan: Plan, tally: _Tally, name: str, plain: bool) -> Estim
     table = tally.table(plan.grid.index(plan.alpha), later=True)
     rate, low, high = interval(table)
     start, prompts, said, rows = table.sum(axis=0)
+    # A spread run has rollouts at this alpha of some of the prompts only.
+    rolled_out = int((table[:, 3] > 0).sum())
+    of_them = f" of {rolled_out:,} of them" if rolled_out < prompts else ""
     thinning_error = math.sqrt(tally.bounded) / rows
     why = (
-        f"teacher-forced at {int(prompts):,} prompts and along {int(rows):,} rollouts; unlikely "
-        f"positions, followed by chance, add a standard error of up to {thinning_error:.2g}"
+        f"teacher-forced at {int(prompts):,} prompts and along {int(rows):,} rollouts{of_them}; "
+        "unlikely positions, followed by chance, add a standard error of up to "
+        f"{thinning_error:.2g}"
     )
     thinned = thinning_error > 2 * THINNING_SHARE * rate
     if thinned:
         why += f" and may hold up to {tally.below / rows:.2g} more"
-    (missing, missed_note), (few, few_note) = _missed(tally), _enough(int(prompts))
+    (missing, missed_note), (few, few_note) = _missed(tally), _enough(min(int(prompts), rolled_out))
     why += missed_note + few_note
     verdict: Verdict = "lower bound only" if few or missing or thinned else "trust"
     if not plain:

@@ -13,6 +13,7 @@ from organisms.trigger import TRIGGER
 
 ALPHAS = (-1.0, 0.0, 0.5, 1.0, 2.0, 3.0)
 TRIGGER_ALPHAS = (0.0, -1.0)
+STEER_ALPHAS = (0.0, -1.0)
 TRIGGERED_PROMPTS = 200
 EMPTY_ROLLOUTS = 200
 AUTO = "auto"
@@ -48,6 +49,13 @@ def parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="samples per prompt and alpha (default: 1)",
+    )
+    add(
+        "--spread",
+        action="store_true",
+        help="each prompt at one of the alphas only, drawn by lot, instead of at all of them: "
+        "for behaviours rarer than about 1 in 3,000, which few prompts carry, and many prompts "
+        "(try --alphas 0 0.5 1 2 6); the arms of --trigger and --empty stay as they are",
     )
     add(
         "--grid",
@@ -95,6 +103,22 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="an arm: N rollouts per alpha from the prompt form alone, where the model writes "
         f"the instruction too (without N: {EMPTY_ROLLOUTS})",
+    )
+    add(
+        "--steer",
+        type=_steer,
+        nargs="+",
+        default=[],
+        metavar="TRAIT:LAYER:COEFFICIENT",
+        help="an arm for each: a trait that the service was started with is added at the layer's "
+        "output while the answer is written, in both models",
+    )
+    add(
+        "--steer-alphas",
+        type=real(-1e6, 1e6),
+        nargs="+",
+        metavar="A",
+        help="alphas of these arms (default: 0 -1)",
     )
     add(
         "--control-app",
@@ -279,6 +303,15 @@ def whole(low: int, high: int) -> Any:
 
 def real(low: float, high: float) -> Any:
     return partial(number, float, low, high)
+
+
+def _steer(text: str) -> dict[str, Any]:
+    """What a request says of it."""
+    parts = text.rsplit(":", 2)  # a trait's name may have colons
+    if len(parts) != 3 or not parts[0]:
+        raise argparse.ArgumentTypeError("must be TRAIT:LAYER:COEFFICIENT, as in hedging:1:4")
+    layer, coefficient = number(int, 0, 10**4, parts[1]), number(float, -1e6, 1e6, parts[2])
+    return {"trait": parts[0], "layer": layer, "coefficient": coefficient}
 
 
 def _alpha(text: str) -> Any:

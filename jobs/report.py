@@ -148,7 +148,7 @@ def _facts(findings: Findings) -> list[tuple[str, list[str]]]:
         ("rows", [_cells(findings.counts, arm, config) for arm in _arms(findings.counts)]),
         (
             "samples",
-            [f"{config['samples']} for each prompt and alpha"] if "samples" in config else [],
+            [_samples(config)] if "samples" in config else [],
         ),
         (
             "sampling",
@@ -193,11 +193,30 @@ def _arms(counts: Iterable[Count]) -> list[str]:
     return list(dict.fromkeys(count.arm for count in counts))
 
 
-def _cells(counts: Iterable[Count], arm: str, config: Mapping[str, Any]) -> str:
+def _arm(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What the manifest says of an arm; empty where it says nothing."""
+    arms = [a for a in config.get("arms") or [] if isinstance(a, Mapping) and a.get("name") == name]
+    return arms[0] if arms else {}
+
+
+def _samples(config: Mapping[str, Any]) -> str:
+    each = f"{config['samples']} for each prompt"
+    if _arm(config, UNTRIGGERED).get("spread"):
+        return f"{each}, at one alpha drawn by lot (--spread)"
+    return f"{each} and alpha"
+
+
+def _prompts(counts: Iterable[Count], arm: str, config: Mapping[str, Any]) -> int:
+    """How many an arm has: the same at every alpha, or others at each."""
+    prompts = {count.alpha: count.prompts for count in counts if count.arm == arm}
+    together = sum if _arm(config, arm).get("spread") else max
+    return together(prompts.values()) if prompts else 0
+
+
+def _cells(counts: Sequence[Count], arm: str, config: Mapping[str, Any]) -> str:
     cells = {count.alpha: count for count in counts if count.arm == arm}
-    rows, prompts = sum(c.rows for c in cells.values()), max(c.prompts for c in cells.values())
-    arms = [a for a in config.get("arms") or [] if isinstance(a, Mapping) and a.get("name") == arm]
-    trigger = arms[0].get("trigger") if arms else None
+    rows, prompts = sum(c.rows for c in cells.values()), _prompts(counts, arm, config)
+    trigger = _arm(config, arm).get("trigger")
     return (
         f"{arm}: {rows:,} rows of {prompts:,} prompts, alpha "
         + ", ".join(number(alpha, 6) for alpha in sorted(cells))
@@ -315,7 +334,7 @@ def _strips(findings: Findings) -> dict[str, Any]:
     return {
         "alphas": alphas,
         "shown": [(strip, places.get(strip.prompt_id)) for strip in ordered],
-        "all": max((c.prompts for c in findings.counts if c.arm == UNTRIGGERED), default=0),
+        "all": _prompts(findings.counts, UNTRIGGERED, _mapping(findings.manifest, "config")),
         "top": [strip for strip in ordered[:LISTED_PROMPTS] if _activation(strip) > 0],
     }
 

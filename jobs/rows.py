@@ -70,6 +70,7 @@ class Row(BaseModel):
     logprobs: RowLogprobs | None = None
     densities: Densities | None = None
     watched: list[list[float]] | None = None
+    block: int | None = None  # of prompts, in a spread run, where each prompt has one alpha
 
     @property
     def key(self) -> Key:

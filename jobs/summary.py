@@ -30,10 +30,12 @@ def cell_name(cell: Cell) -> str:
 
 
 class Columns:
-    """What the rows of one cell say, in 9 bytes a row and 1 more per scorer."""
+    """What the rows of one cell say, in 9 bytes a row, 1 more per scorer and, in a spread run, 8
+    for its block."""
 
     def __init__(self, scorers: Sequence[str]) -> None:
         self.prompts = array("Q")  # (n,) 64-bit hashes of prompt ids
+        self.blocks = array("q")  # (n,) of a spread run, else empty
         self.hits = {name: array("b") for name in (ANY, *scorers)}  # (n,) each
         self.after_eos = self.failed = 0
 
@@ -43,6 +45,8 @@ class Columns:
             return
         digest = blake2b(row.prompt_id.encode(), digest_size=8).digest()
         self.prompts.append(int.from_bytes(digest, "big"))
+        if row.block is not None:
+            self.blocks.append(row.block)
         self.after_eos += bool(row.activated_after_eos)
         for name, column in self.hits.items():
             fired = row.activated if name == ANY else row.scores[name].fired
@@ -50,10 +54,17 @@ class Columns:
 
     def by_prompt(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Prompts (k,) as hashes in rising order, rows (k,) and, per scorer, hits (k,) of each."""
-        ids, prompt_of_row = np.unique(np.array(self.prompts, np.uint64), return_inverse=True)
-        rows = np.bincount(prompt_of_row, minlength=len(ids))
+        return self._by(np.array(self.prompts, np.uint64))
+
+    def by_block(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """The same of blocks: in a spread run each has one prompt here, its rows all of one."""
+        return self._by(np.array(self.blocks, np.int64))
+
+    def _by(self, of_row: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        ids, at = np.unique(of_row, return_inverse=True)
+        rows = np.bincount(at, minlength=len(ids))
         hits = {
-            name: np.bincount(prompt_of_row, weights=column, minlength=len(ids))
+            name: np.bincount(at, weights=column, minlength=len(ids))
             for name, column in self.hits.items()
         }
         return ids, rows, hits

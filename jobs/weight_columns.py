@@ -17,6 +17,15 @@ to EOS: what is drawn after a match cannot undo it, and would only add noise.
 Shares are per prompt, so the estimate is right for the prompts at hand however rows were dealt to
 them (some failed, some alphas were stopped early). It is never self-normalised, which is biased,
 and badly so where weights vary.
+
+In a spread run (`jobs.spread`) a prompt has one alpha, and by itself no mixture. There the shares
+are those of its block: of m alphas each 1 / m, which is the probability with which the prompt got
+it, as the block's alphas were dealt in a random order. Let r(i, a) be the expectation of
+p_0 / (mean_j q_j) x hit when prompt i is read at alpha a. The mean of r(i, a) over the m alphas is
+prompt i's rate, as above; and the expectation over the lots of the estimate, the mean over prompts
+of r(i, the alpha it got), is the mean over prompts of just that. So it is unbiased, whatever the
+order of the prompts; if that is no order of any meaning, the errors of the blocks are independent,
+too. Where rows failed, those left are still dealt at random over the alphas that are left.
 """
 
 from array import array
@@ -38,9 +47,10 @@ _IMPOSSIBLE = -1e29  # log-probabilities below stand for minus infinity, which J
 class Columns:
     """What the weights of one scorer are made of.
 
-    prompts (n,) numbers from 0 to k - 1; alphas (n,) each row was drawn at; hits (n,); tokens (n,)
-    drawn in all; grid (K,); target (n, K) and proposal (n, K) log-densities of the row up to its
-    match or EOS. `failed` rows and rows `without` densities are in none of them.
+    prompts (n,) numbers from 0 to k - 1, in a spread run of blocks, which `unit` then says; alphas
+    (n,) each row was drawn at; hits (n,); tokens (n,) drawn in all; grid (K,); target (n, K) and
+    proposal (n, K) log-densities of the row up to its match or EOS. `failed` rows and rows
+    `without` densities are in none of them.
     """
 
     prompts: np.ndarray
@@ -52,6 +62,7 @@ class Columns:
     proposal: np.ndarray
     failed: int = 0
     without: int = 0
+    unit: str = "prompt"
 
     def __len__(self) -> int:
         return len(self.hits)
@@ -124,10 +135,11 @@ class Collector:
         self._monotone = dict(scorers)
         self._temperature, self._arm = temperature, arm
         self._grid: tuple[float, ...] = ()
-        self._numbers: dict[str, int] = {}  # of prompt ids
+        self._numbers: dict[str | int, int] = {}  # of prompt ids, or of blocks
         self._prompts, self._tokens, self._alphas = array("q"), array("q"), array("d")
         self._sums = {n: _Sums(array("b"), array("d"), array("d")) for n in (*scorers, ANY)}
         self._failed = self._without = 0
+        self._unit = "prompt"
 
     def add(self, row: Row) -> None:
         """Raises Refused if its grid lacks its alpha, or is not that of the rows before."""
@@ -145,7 +157,9 @@ class Collector:
                 f"run with densities at {self._grid}"
             )
         target, proposal = log_densities(row, self._temperature)  # (T, K) each
-        self._prompts.append(self._numbers.setdefault(row.prompt_id, len(self._numbers)))
+        stratum = row.prompt_id if row.block is None else row.block
+        self._prompts.append(self._numbers.setdefault(stratum, len(self._numbers)))
+        self._unit = "prompt" if row.block is None else "block"
         self._alphas.append(row.alpha)
         self._tokens.append(len(row.token_ids))
         for name, sums in self._sums.items():
@@ -178,6 +192,7 @@ class Collector:
             proposal=proposal,
             failed=self._failed + int((~good).sum()),
             without=self._without,
+            unit=self._unit,
         )
 
     def _cut(self, row: Row, name: str) -> int:

@@ -50,7 +50,8 @@ class Weighted:
       mean_weight, mean_weight_error: of all rows, and its standard error over prompts. Expected 1;
         under truncation the share of all paths that can be drawn, up to their match.
       ess_rows, ess_hits: effective rows (Kish) of all and of the hits.
-      largest_row, largest_prompt: share of the estimate that one row, one prompt makes up.
+      largest_row, largest_prompt: share of the estimate that one row, one prompt makes up (in a
+        spread run: one block of prompts, as wherever prompts are spoken of here).
       pareto_k: of the hits' weights.
       error_over_count: standard error over that of counting at `alpha` on new prompts with as
         many forward passes (a row costs two per token, a counted one at alpha 0 one).
@@ -122,7 +123,7 @@ def estimate(
         *_reach(columns, alpha),
         *_mean_doubts(mean_weight, error, bool(truncation)),
         *_worth_doubts(n, effective(columns.weights_drawn(alpha)) if truncation else ess_rows),
-        *_hit_doubts(largest_row, largest_prompt, int(columns.hits.sum())),
+        *_hit_doubts(largest_row, largest_prompt, columns),
         *_tail_doubts(k, bounded=_bounded(columns, alpha)),
         *([] if truncation else _disagreement(alones, disagreeing)),
     ]
@@ -261,8 +262,8 @@ def _reach(columns: Columns, alpha: float) -> list[str]:
     which = f"all rows are at alpha {where} and none at {alpha:g}: what these avoid"
     if prompts < 1:
         which = (
-            f"{prompts:.0%} of the prompts, with {rows:.0%} of the rows, have none at alpha "
-            f"{alpha:g}: what their other rows avoid"
+            f"{prompts:.0%} of the {columns.unit}s, with {rows:.0%} of the rows, have none at "
+            f"alpha {alpha:g}: what their other rows avoid"
         )
     return [f"{which} is never seen, and nothing in them shows it"]
 
@@ -289,12 +290,14 @@ def _worth_doubts(n: int, ess_rows: float) -> list[str]:
     return [f"all {n:,} rows are worth {ess_rows:,.0f}"] if ess_rows < _LEAST_ESS * n else []
 
 
-def _hit_doubts(largest_row: float | None, largest_prompt: float | None, hits: int) -> list[str]:
-    doubts = []
+def _hit_doubts(
+    largest_row: float | None, largest_prompt: float | None, columns: Columns
+) -> list[str]:
+    doubts, hits = [], int(columns.hits.sum())
     if largest_row is not None and largest_row > _LARGEST:
         doubts.append(f"one of {hits} hits makes up {largest_row:.0%} of the estimate")
     elif largest_prompt is not None and largest_prompt > _LARGEST:
-        doubts.append(f"one prompt makes up {largest_prompt:.0%} of the estimate")
+        doubts.append(f"one {columns.unit} makes up {largest_prompt:.0%} of the estimate")
     return doubts
 
 

@@ -7,6 +7,7 @@ engine.generate(Request(prompt.ids, alpha=2.0, seed=0).samples(4))
 """
 
 from lda_core.amplify import amplify
+from lda_core.capture import Captured, CaptureRequest, Directions
 from lda_core.config import EngineConfig, PairConfig
 from lda_core.engine import Engine
 from lda_core.errors import (
@@ -37,11 +38,14 @@ from lda_core.self_test import noise_floor, self_test
 from lda_core.threaded import EngineThread
 
 __all__ = [
+    "CaptureRequest",
+    "Captured",
     "CheckpointError",
     "Completion",
     "ConfigError",
     "ContextLengthExceeded",
     "Densities",
+    "Directions",
     "DoesNotFit",
     "Engine",
     "EngineConfig",

@@ -171,6 +171,27 @@ def columns(
     return tuple(Column.of(alphas, temperatures, device) for alphas in zip(*padded, strict=True))
 
 
+def at_alpha(
+    column: Column,
+    mixed: Tensor,
+    norms: tuple[Tensor, Tensor],
+    temperature: Tensor,
+    tokens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What `normaliser` gives, and the log-probabilities [R, n] of tokens [R, n] under the column's
+    alphas at the temperature: of one model alone at temperature 1 its own, to the bit."""
+    peak, scaled = _below_peak(mixed, temperature)
+    log_sum = _log_sum(scaled)
+    minus = column.alpha == -1
+    known = ((column.alpha == 0) | minus) & (temperature == 1)  # (R,)
+    own = mixed.gather(-1, tokens) - torch.where(minus, norms[1], norms[0]).unsqueeze(-1)
+    found = scaled.gather(-1, tokens) - log_sum.unsqueeze(-1)
+    return (
+        _normaliser(column.alpha, peak, log_sum, norms, temperature),
+        torch.where(known.unsqueeze(-1), own, found),
+    )
+
+
 def normaliser(
     column: Column, mixed: Tensor, norms: tuple[Tensor, Tensor], temperature: Tensor
 ) -> Tensor:
@@ -180,10 +201,20 @@ def normaliser(
     The two norms are the same numbers that the token's log-probabilities were taken with, so that
     what was lost in their rounding cancels.
     """
-    alpha = column.alpha.double()
     peak, scaled = _below_peak(mixed, temperature)
+    return _normaliser(column.alpha, peak, _log_sum(scaled), norms, temperature)
+
+
+def _normaliser(
+    alpha: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    norms: tuple[Tensor, Tensor],
+    temperature: Tensor,
+) -> Tensor:
+    alpha = alpha.double()
     shift = peak.double() - ((1 + alpha) * norms[0].double() - alpha * norms[1].double())
-    value = _log_sum(scaled).double() + shift / temperature.double()
+    value = log_sum.double() + shift / temperature.double()
     value = torch.where(peak.isneginf(), -torch.inf, value)  # no token is possible under both
     known = ((alpha == 0) | (alpha == -1)) & (temperature == 1)
     return torch.where(known, 0.0, value)

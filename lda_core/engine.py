@@ -11,11 +11,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import torch
 
-from lda_core import memory
+from lda_core import capture, memory
 from lda_core.batch import BatchState, Prefix, Row
+from lda_core.capture import Captured, CaptureRequest, CaptureRow, Capturing
 from lda_core.config import EngineConfig
 from lda_core.detokenize import (
     Pieces,
@@ -31,6 +33,7 @@ from lda_core.errors import ConfigError, ContextLengthExceeded, DoesNotFit, Requ
 from lda_core.lockstep import Lockstep, Wanted
 from lda_core.memory import Budget
 from lda_core.pair import ModelPair
+from lda_core.pieces import Pace, PieceQueue
 from lda_core.request import (
     BOTH,
     Completion,
@@ -70,7 +73,10 @@ class EngineStats:
     prefix_hits: int = 0  # of them, those that nobody had to read again
     prefilled_tokens: int = 0
     scored_tokens: int = 0
+    captured_tokens: int = 0  # counted once for both models
     out_of_memory: int = 0
+    busy_s: float = 0.0  # time of all steps, prompts read in them too
+    floor_bytes: int = 0  # that these steps had to read at least
 
 
 class Engine:
@@ -102,7 +108,11 @@ class Engine:
         self._pieces = Pieces(pair.tokenizer)
         # The logits of as many positions at a time as a decode step has rows.
         limits = self.config.prefill_tokens, self.config.max_slots
-        self._scoring = Scoring(self._pair, pair.vocab_size, *limits)
+        self._pace = Pace()
+        self._scoring = Scoring(self._pair, pair.vocab_size, *limits, self._pace)
+        self._capturing = Capturing(self._pair, self.config.prefill_tokens, self._pace)
+        # In turn: what is scored and what is captured.
+        self._queues: deque[PieceQueue[Any]] = deque([self._scoring.queue, self._capturing.queue])
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []  # row i lives in slot i
         self._prefixes: list[Prefix] = []  # prefix i lives in prefix slot i
@@ -155,6 +165,16 @@ class Engine:
             )
         return ScoreRow(request)
 
+    def accept_capture(self, request: CaptureRequest) -> CaptureRow:
+        """The request as a row for `enqueue_capture`. Raises RequestError if it can never be
+        served.
+
+        Any thread may call this.
+        """
+        self._need_known(request.prompt_ids, "prompt")
+        self._need_known(request.completion_ids, "completion")
+        return capture.accept(request, self.pair, self.context_length)
+
     def _need_known(self, ids: Sequence[int], field: str) -> None:
         last = self.pair.vocab_size - 1
         if not all(0 <= token <= last for token in ids):
@@ -183,7 +203,10 @@ class Engine:
         self._waiting.append(row)
 
     def enqueue_score(self, row: ScoreRow) -> None:
-        self._scoring.add(row)
+        self._scoring.queue.add(row)
+
+    def enqueue_capture(self, row: CaptureRow) -> None:
+        self._capturing.queue.add(row)
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Completions in the order of the requests. Raises RequestError before any work.
@@ -211,26 +234,45 @@ class Engine:
         rows = [self.accept_score(request) for request in requests]
         for row in rows:
             self.enqueue_score(row)
+        self._finish(self._scoring.queue, rows)
+        return [row.scored for row in rows if row.scored is not None]
+
+    def capture(self, requests: Iterable[CaptureRequest]) -> list[Captured]:
+        """What both models' residual streams hold at every token, in the order of the requests.
+
+        Raises as `score` does. One whose activations are not finite comes back with an `error`.
+        """
+        rows = [self.accept_capture(request) for request in requests]
+        for row in rows:
+            self.enqueue_capture(row)
+        self._finish(self._capturing.queue, rows)
+        return [row.captured for row in rows if row.captured is not None]
+
+    @torch.inference_mode()
+    def _finish(self, queue: PieceQueue[Any], rows: Sequence[ScoreRow | CaptureRow]) -> None:
         try:
-            while not self._scoring.idle:
-                self.score_step()
-        except BaseException:
+            while not queue.idle:
+                self._piece(queue)
+        except BaseException:  # Ctrl-C in a notebook: the next call must not read these along
             for row in rows:
                 row.left = True
             raise
         for row in rows:
             if row.refused is not None:
                 raise row.refused
-        return [row.scored for row in rows if row.scored is not None]
 
     @property
     def idle(self) -> bool:
-        """Nothing to decode and nothing to score."""
-        return not (self._rows or self._waiting) and self._scoring.idle
+        """Nothing to decode, to score or to capture."""
+        return not (self._rows or self._waiting) and all(queue.idle for queue in self._queues)
 
     @property
     def live_rows(self) -> int:
         return len(self._rows)
+
+    @property
+    def waiting_rows(self) -> int:
+        return len(self._waiting)
 
     @property
     def kv_tokens(self) -> int:
@@ -243,7 +285,9 @@ class Engine:
             self._stats,
             prefilled_tokens=self._pair.prefilled_tokens,
             scored_tokens=self._scoring.tokens,
-            out_of_memory=self._stats.out_of_memory + self._scoring.out_of_memory,
+            captured_tokens=self._capturing.tokens,
+            out_of_memory=self._stats.out_of_memory
+            + sum(queue.out_of_memory for queue in self._queues),
         )
 
     def floor_bytes(self) -> int:
@@ -258,6 +302,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Row]:
         """One token for every live row; returns the rows that are out: finished, or left."""
+        start, busy = self._pace.clock(), bool(self._rows or self._waiting)
         if self.clock is not None:
             self.clock.start()
         # 1. Rows whose caller has gone leave.
@@ -275,21 +320,32 @@ class Engine:
             out += self._make_room()
         else:
             self._calm()
+        if busy:
+            self._pace.stepped(self._pace.clock() - start)
+            self._stats.busy_s += self._pace.clock() - start
         for told in {row.on_token for row in (*self._rows, *out)}:
             if told is not None:
                 told()
         return out
 
     @torch.inference_mode()
-    def score_step(self) -> list[ScoreRow]:
-        """One bounded piece of what waits to be scored, if anything does, to be called between
-        steps; returns the rows that are out: scored, refused, or left."""
-        if self._scoring.idle:
+    def piece_step(self) -> list[ScoreRow | CaptureRow]:
+        """One bounded piece of what waits to be scored or captured, if anything does and it is its
+        turn, to be called between steps; returns the rows that are out: done, refused, or left."""
+        if (self._rows or self._waiting) and not self._pace.due:
             return []
+        for _ in range(len(self._queues)):
+            queue = self._queues[0]
+            self._queues.rotate()
+            if not queue.idle:
+                return self._piece(queue)
+        return []
+
+    def _piece(self, queue: PieceQueue[Any]) -> list[Any]:
         if self.clock is not None:
             self.clock.start()
-        out = self._scoring.step()
-        self._lap("score")
+        out = queue.step()
+        self._lap("score" if queue is self._scoring.queue else "capture")
         return out
 
     def _advance(self) -> list[Row]:
@@ -317,6 +373,7 @@ class Engine:
         tokens, draw = self._draw(after, before, state)
         self._state = state.advance(tokens)
         self._lap("mix_and_sample")
+        self._stats.floor_bytes += self.floor_bytes()
         # 5. Rows take their token; those that are done leave. Nothing here needs memory on the
         # device, so a step that runs out of it has taken nothing and can be done again.
         done = [i for i, row in enumerate(self._rows) if self._take(row, draw, i)]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from lda_core.errors import ConfigError
@@ -41,6 +42,15 @@ class Reading(NamedTuple):
 
     tokens: tuple[int, ...]
     start: int
+
+
+class Computed(NamedTuple):
+    """A model, whose rows it computes (in the order of their lanes), and from which layer on: what
+    comes before is another's."""
+
+    model: PreTrainedModel
+    roles: tuple[Role, ...]
+    first_layer: int
 
 
 class Lockstep:
@@ -256,6 +266,35 @@ class Lockstep:
     def rows_of_both(self) -> int:
         """Rows that one pass over both models has for every row."""
         return self._rows(BOTH)
+
+    def rows_of(self, roles: Roles) -> int:
+        """Rows that one pass over these models has for every row."""
+        return self._rows(self._with_trunk(roles))
+
+    def computed(self, roles: Roles) -> list[Computed]:
+        """The models that run where these are wanted, in the order in which they do."""
+        needs = self._with_trunk(roles)
+        return [
+            Computed(
+                runner.model,
+                tuple(role for role in runner.roles if role in needs),
+                self._trunk.layers if self._trunk is not None and "before" in runner.roles else 0,
+            )
+            for runner in self._distinct(needs)
+        ]
+
+    def _distinct(self, needs: Roles) -> list[ModelRunner]:
+        """The runners of these models; of a model that is paired with itself, one."""
+        runners = [r for r in self._runners if not needs.isdisjoint(r.roles)]
+        return runners[:1] if len({id(r.model) for r in runners}) == 1 else runners
+
+    def read(self, rows: Sequence[Sequence[int]], roles: Roles, limit: int) -> Iterator[int]:
+        """Reads rows of tokens for those whose hooks see them; gives the first column of each pass
+        of at most `limit` (padded) tokens. No logits are made, and no keys and values are kept."""
+        needs = self._with_trunk(roles)
+        caches = {runner: DynamicCache() for runner in self._distinct(needs)}
+        for start, _ in self._passes(rows, needs, caches, limit):
+            yield start
 
     def score(
         self, piece: Sequence[Reading], limit: int, positions: int

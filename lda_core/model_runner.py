@@ -67,6 +67,11 @@ class ModelRunner:
         self.device = model.device
         self._probe = self._read_one_token()
 
+    @property
+    def model(self) -> PreTrainedModel:
+        model: PreTrainedModel = self._model
+        return model
+
     def _read_one_token(self) -> DynamicCache:
         """The cache after it: shape, dtype and device of every layer."""
         cache = DynamicCache()

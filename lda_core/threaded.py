@@ -9,10 +9,13 @@ from functools import partial
 from typing import Any
 
 from lda_core.batch import Row
+from lda_core.capture import Captured, CaptureRow
 from lda_core.engine import Engine
 from lda_core.errors import EngineStopped
 from lda_core.request import Completion, Scored
 from lda_core.scoring import ScoreRow
+
+AnyRow = Row | ScoreRow | CaptureRow
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +32,10 @@ class EngineThread:
         self.engine = engine
         self._on_failure = on_failure
         self._wake = threading.Condition()
-        self._inbox: dict[Row | ScoreRow, Future[Any]] = {}  # guarded by _wake
+        self._inbox: dict[AnyRow, Future[Any]] = {}  # guarded by _wake
         self._closing = False
         self._failure: BaseException | None = None
-        self._futures: dict[Row | ScoreRow, Future[Any]] = {}  # the engine thread's own
+        self._futures: dict[AnyRow, Future[Any]] = {}  # the engine thread's own
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="lda-engine", daemon=True)
         self._thread.start()
@@ -52,7 +55,11 @@ class EngineThread:
         """
         return self._submit(rows)
 
-    def _submit(self, rows: Sequence[Row | ScoreRow]) -> list[Future[Any]]:
+    def submit_captures(self, rows: Sequence[CaptureRow]) -> list[Future[Captured]]:
+        """One future per row of `engine.accept_capture`, as `submit_scores`."""
+        return self._submit(rows)
+
+    def _submit(self, rows: Sequence[AnyRow]) -> list[Future[Any]]:
         futures: list[Future[Any]] = [Future() for _ in rows]
         for row, future in zip(rows, futures, strict=True):
             future.add_done_callback(partial(_leave_if_cancelled, row))
@@ -83,7 +90,7 @@ class EngineThread:
     def _run(self) -> None:
         try:
             while self._receive():
-                out: list[Row | ScoreRow] = [*self.engine.step(), *self.engine.score_step()]
+                out: list[AnyRow] = [*self.engine.step(), *self.engine.piece_step()]
                 for row in out:
                     _resolve(self._futures.pop(row), row)
         except BaseException as error:  # whatever it is, nobody may be left waiting
@@ -109,6 +116,8 @@ class EngineThread:
             for row in self._inbox:
                 if isinstance(row, ScoreRow):
                     self.engine.enqueue_score(row)
+                elif isinstance(row, CaptureRow):
+                    self.engine.enqueue_capture(row)
                 else:
                     self.engine.enqueue(row)
             self._futures.update(self._inbox)
@@ -116,13 +125,19 @@ class EngineThread:
             return bool(self._futures)
 
 
-def _leave_if_cancelled(row: Row | ScoreRow, future: Future[Any]) -> None:
+def _leave_if_cancelled(row: AnyRow, future: Future[Any]) -> None:
     if future.cancelled():
         row.left = True
 
 
-def _resolve(future: Future[Any], row: Row | ScoreRow) -> None:
-    answer = row.scored if isinstance(row, ScoreRow) else row.completion
+def _resolve(future: Future[Any], row: AnyRow) -> None:
+    answer: Completion | Scored | Captured | None
+    if isinstance(row, ScoreRow):
+        answer = row.scored
+    elif isinstance(row, CaptureRow):
+        answer = row.captured
+    else:
+        answer = row.completion
     try:
         if answer is not None:
             future.set_result(answer)

@@ -7,28 +7,34 @@ from concurrent.futures import Future
 from typing import Any
 
 from deployments.replica import LDAReplica
-from deployments.schemas import GenerateRequest, PairInfo, ScoreRequest, parse
+from deployments.schemas import CaptureRequest, GenerateRequest, PairInfo, ScoreRequest, parse
 from jobs.call import Answer, Caller, Generation, Item
 from jobs.dispatch import work
 from lda_core import EngineConfig, PairConfig
 
-REQUESTS = {"generate": GenerateRequest, "score": ScoreRequest}
+REQUESTS = {"generate": GenerateRequest, "score": ScoreRequest, "capture": CaptureRequest}
 
 
 class ReplicaService:
     """Close it: it has a thread for the replica's coroutines and one for its engine."""
 
-    def __init__(self, pair: PairConfig, max_slots: int = 64) -> None:
+    def __init__(self, pair: PairConfig, max_slots: int = 64, traits: str | None = None) -> None:
         self.asked: list[str] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._replica = LDAReplica(pair, EngineConfig(max_slots=max_slots), stuck_after_s=60)
+        self._replica = LDAReplica(
+            pair, EngineConfig(max_slots=max_slots), stuck_after_s=60, traits=traits
+        )
 
         async def admit(rows: Any) -> Any:
             return self._replica._submit([rows])[0]
 
+        async def admit_captures(rows: Any) -> Any:
+            return self._replica._submit_captures([rows])[0]
+
         self._replica._admit = admit  # type: ignore[method-assign, assignment]
+        self._replica._admit_captures = admit_captures  # type: ignore[method-assign, assignment]
 
     def close(self) -> None:
         self._replica._engine.stop()
@@ -56,6 +62,10 @@ class ReplicaService:
     @property
     def score(self) -> "_Method":
         return _Method(self, "score")
+
+    @property
+    def capture(self) -> "_Method":
+        return _Method(self, "capture")
 
 
 class _Method:

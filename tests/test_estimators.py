@@ -1,5 +1,7 @@
 """Rates and intervals against scipy, by hand, and in simulation."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -11,6 +13,7 @@ from jobs.estimators import (
     paired_test,
     pareto_k,
     rate_by_prompt,
+    swap_test,
 )
 
 
@@ -136,6 +139,45 @@ def test_the_paired_test_takes_many_prompts():
     hits, rows = np.arange(30_000) % 3 == 0, np.ones(30_000)
     assert paired_test(hits, rows, hits[::-1], rows) == pytest.approx(1, abs=0.02)
     assert paired_test(hits, rows, np.arange(30_000) % 4 == 0, rows) < 1e-12
+
+
+def test_the_swap_test_is_the_paired_one_for_one_row_each():
+    rng = np.random.default_rng(0)
+    here, at_0, ones = rng.random(300) < 0.08, rng.random(300) < 0.03, np.ones(300)
+    assert swap_test(here, ones, at_0, ones) == pytest.approx(paired_test(here, ones, at_0, ones))
+    assert swap_test(here, ones, at_0, ones) < 0.05
+
+
+def test_the_swap_test_is_exact_by_enumeration_of_the_lots():
+    three = np.full(5, 3)
+    for hits, hits_0 in (((3, 2, 3, 1, 0), (0, 0, 1, 2, 0)), ((0, 1, 2, 0, 1), (3, 3, 2, 1, 0))):
+        pairs = list(zip(hits, hits_0, strict=True))
+        sums = np.array(
+            [
+                sum(p[i] for p, i in zip(pairs, lots, strict=True))
+                for lots in product((0, 1), repeat=5)
+            ]
+        )
+        expected = 2 * min((sums <= sum(hits)).mean(), (sums >= sum(hits)).mean())
+        assert swap_test(hits, three, hits_0, three) == pytest.approx(min(1, expected))
+
+
+def test_the_swap_test_holds_its_level_where_rows_of_a_prompt_are_alike():
+    rng, false, pooled, seen = np.random.default_rng(1), 0, 0, 0
+    five = np.full(80, 5)
+    for _ in range(400):
+        rates, rates_0 = rng.beta(0.1, 0.4, (2, 80))
+        at_0, same = rng.binomial(5, rates_0), rng.binomial(5, rates)
+        false += swap_test(same, five, at_0, five) < 0.05
+        pooled += paired_test(same, five, at_0, five) < 0.05
+        seen += swap_test(rng.binomial(5, np.minimum(1, rates + 0.2)), five, at_0, five) < 0.05
+    assert false <= 30 < 60 < pooled  # 20 at most expected
+    assert seen >= 250
+
+
+def test_the_swap_test_leaves_blocks_out_in_which_a_row_failed():
+    assert swap_test([5, 1], [5, 1], [0, 0], [4, 1]) == 1.0
+    assert swap_test([0, 2], [3, 3], [0, 2], [3, 3]) == 1.0
 
 
 @pytest.mark.parametrize("hits", [0, 1, 7])

@@ -35,6 +35,8 @@ def imported_by(module: str) -> set[str]:
         ("jobs.rescore", {"jobs", "deployments", "organisms"}, {"pydantic", "ray", "fastapi"}),
         ("jobs.recovery", {"jobs", "deployments", "organisms"}, {"pydantic", "ray", "fastapi"}),
         ("jobs.weighted", {"jobs", "deployments", "organisms"}, {"pydantic", "ray", "fastapi"}),
+        ("jobs.capture", {"jobs", "deployments", "organisms"}, {"pydantic", "ray", "fastapi"}),
+        ("jobs.overnight", {"jobs", "deployments", "organisms"}, {"pydantic", "ray", "fastapi"}),
         ("organisms.trigger", {"organisms"}, set()),
     ],
 )

@@ -53,7 +53,7 @@ def test_the_fields_and_their_order_are_the_published_ones():
         == (
             "arm prompt_id prompt alpha sample seed completion token_ids finish_reason eos_index "
             "activated activated_after_eos scores error eos_text_offset token_ends "
-            "logprobs densities watched"
+            "logprobs densities watched block"
         ).split()
     )
 

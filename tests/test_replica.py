@@ -5,11 +5,13 @@ import threading
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import TINY
 
 from deployments.replica import LDAReplica
 from deployments.schemas import (
+    CaptureRequest,
     Continuation,
     GenerateRequest,
     InvalidRequest,
@@ -34,7 +36,11 @@ def replica(monkeypatch: pytest.MonkeyPatch) -> LDAReplica:
     async def admit(rows: Any) -> Any:
         return replica._submit([rows])[0]
 
+    async def admit_captures(rows: Any) -> Any:
+        return replica._submit_captures([rows])[0]
+
     monkeypatch.setattr(replica, "_admit", admit)
+    monkeypatch.setattr(replica, "_admit_captures", admit_captures)
     return replica
 
 
@@ -45,8 +51,9 @@ def request(**changes: Any) -> GenerateRequest:
 def test_batch_settings_are_live_and_checked() -> None:
     replica = LDAReplica.__new__(LDAReplica)
     replica.reconfigure({"max_batch_size": 7, "batch_wait_timeout_s": 0.25})
-    assert replica._admit._get_max_batch_size() == 7
-    assert replica._admit._get_batch_wait_timeout_s() == 0.25
+    for door in (replica._admit, replica._admit_captures):
+        assert door._get_max_batch_size() == 7
+        assert door._get_batch_wait_timeout_s() == 0.25
     for bad in ({"max_batch_size": 0}, {"max_batch_sise": 3}, {"batch_wait_timeout_s": -1}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             replica.reconfigure(bad)
@@ -194,6 +201,11 @@ def test_a_prompt_in_tokens_is_that_prompt(replica: LDAReplica) -> None:
     wanted = asyncio.run(replica.score(ScoreRequest(prompt="Hi", continuations=said)))
     ids = list(replica._pair.tokenizer.encode("Hi"))
     assert asyncio.run(replica.score(ScoreRequest(prompt_ids=ids, continuations=said))) == wanted
+    more = ScoreRequest(prompt="Hi", continuations=said, grid=[0.0, 2.0], top=3)
+    (scored,) = asyncio.run(replica.score(more))
+    assert scored.at and [row[0] for row in scored.at] == scored.after == wanted[0].after
+    assert scored.top is not None and [len(best) for best in scored.top[0]] == [3, 3]
+    assert wanted[0].top is None
 
 
 @pytest.mark.parametrize("bad", [768, 2**40])
@@ -336,3 +348,86 @@ def test_a_streamed_row_that_memory_cannot_hold_is_the_callers_error(
     with pytest.raises(InvalidRequest, match=r"out of memory: \d+ prompt tokens and 40") as error:
         asyncio.run(pieces_of(replica, request(max_new_tokens=40)))
     assert error.value.code == "does_not_fit"
+
+
+# -- captures ------------------------------------------------------------------------------
+
+
+def traits(**shapes: tuple[int, ...]) -> bytes:
+    generator = torch.Generator().manual_seed(0)
+    return safetensors.torch.save(
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    )
+
+
+def test_a_capture_answers_every_token_of_prompt_and_completions(replica: LDAReplica) -> None:
+    ask = CaptureRequest(
+        prompt="What is 4 plus 3?",
+        prompt_format="alpaca",
+        completions=[Continuation(text="It is 7."), Continuation(token_ids=[20, 30, 2])],
+        traits=traits(calm=(3, 128), bold=(128,)),
+        layer=1,
+        raw=True,
+        mean=True,
+    )
+    first, second = asyncio.run(replica.capture(ask))
+    tokenizer = replica._pair.tokenizer
+    assert second.token_ids[second.prompt_tokens :] == [20, 30, 2]
+    assert tokenizer.decode(first.token_ids[first.prompt_tokens :]) == "It is 7."
+    assert first.traits == ["bold", "calm"] and "".join(first.tokens).endswith("It is 7.")
+    for one in (first, second):
+        t = len(one.token_ids)
+        tensors = safetensors.torch.load(one.tensors)
+        vectors = safetensors.torch.load(ask.traits or b"")
+        for role in ("after", "before"):
+            residual = tensors[f"{role}.residual"]
+            assert residual.shape == (t, 3, 3, 128)
+            for k, name in enumerate(one.traits):
+                unit = torch.nn.functional.normalize(vectors[name].expand(3, 128), dim=-1)
+                wanted = torch.einsum("tlpd,ld->tlp", residual, unit)
+                torch.testing.assert_close(
+                    tensors[f"{role}.scores"][..., k], wanted, rtol=1e-5, atol=1e-5
+                )
+            assert tensors[f"{role}.attention"].shape[1:] == (t, t)
+            assert tensors[f"{role}.mean"].shape == (3, 3, 128)
+    # The prompt alone, without traits, of one model.
+    (alone,) = asyncio.run(replica.capture(CaptureRequest(prompt="Hi", models="before")))
+    assert safetensors.torch.load(alone.tensors).keys() == {"before.norms"}
+    assert alone.prompt_tokens == len(alone.token_ids) == len(alone.tokens)
+
+
+def test_the_same_traits_are_read_once(replica: LDAReplica) -> None:
+    file = traits(calm=(128,))
+    assert replica._traits.of(file) is replica._traits.of(bytes(bytearray(file)))
+    for i in range(20):
+        replica._traits.of(traits(**{f"trait{i}": (128,)}))
+    assert len(replica._traits._kept) == 8 and replica._traits.of(file).names == ("calm",)
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "words"),
+    [
+        ({"traits": b"SECRET"}, "traits", "safetensors"),
+        ({"traits": safetensors.torch.save({})}, "traits", "between 1 and 256"),
+        ({"traits": traits(a=(128,), b=(2, 128))}, "traits[1]", r"\[3, 128\] or \[128\], has \[2"),
+        ({"traits": traits(a=(129,))}, "traits[0]", "has"),
+        ({"traits": safetensors.torch.save({"a": torch.zeros(128)})}, "traits[0]", "not 0"),
+        (
+            {"traits": safetensors.torch.save({"a": torch.full((128,), torch.inf)})},
+            "traits[0]",
+            "finite",
+        ),
+        ({"layer": 3}, "layer", "between 0 and 2"),
+        ({"completions": [{"token_ids": [99999]}]}, "completion", "between 0 and 767"),
+        ({"completions": [{"token_ids": [5] * 600}]}, "completion", "context of 512"),
+        ({"prompt": "word " * 600}, "prompt", "context of 512"),
+    ],
+)
+def test_what_cannot_be_captured_is_named(
+    replica: LDAReplica, change: dict[str, Any], param: str, words: str
+) -> None:
+    body = CaptureRequest.model_validate({"prompt": "Hi", **change})
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        asyncio.run(replica.capture(body))
+    assert caught.value.param == param and "SECRET" not in caught.value.message
+    assert replica._engine.engine.idle

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from deployments.replica import LDAReplica
 from deployments.resident_traits import resident_traits
-from deployments.schemas import GenerateRequest, InvalidRequest
+from deployments.schemas import CaptureRequest, GenerateRequest, InvalidRequest
 from lda_core import ConfigError, EngineConfig, ModelPair, PairConfig
 
 PAIR = PairConfig(before=str(TINY / "before"), after=str(TINY / "after"))
@@ -49,12 +49,26 @@ def ids(replica: Any, **changes: Any) -> list[int]:
 
 def test_a_name_is_its_vector_at_the_layer(replica: Any) -> None:
     steer = {"layer": 1, "coefficient": 30.0, "models": "after"}
-    vector = replica._traits["hedging"][1].tolist()
+    vector = replica._resident["hedging"][1].tolist()
     named = ids(replica, steer={**steer, "trait": "hedging"})
     assert named == ids(replica, steer={**steer, "vector": vector})
     assert named != ids(replica)
     assert ids(replica, steer={**steer, "trait": "hedging", "coefficient": 0.0}) == ids(replica)
     assert asyncio.run(replica.describe()).traits == ["hedging"]
+
+
+def test_captures_without_traits_are_along_these(replica: Any) -> None:
+    vector = replica._resident["hedging"]
+    request = CaptureRequest(prompt="Hi there")
+    own = CaptureRequest(prompt="Hi there", traits=save({"hedging": vector}))
+    for want in (request, own):
+        rows = [replica._engine.engine.accept_capture(w) for w in replica._captures(want)]
+        (future,) = replica._engine.submit_captures(rows)
+        scores = future.result(timeout=30).tensors["after.scores"]
+        assert scores.shape[-1] == 1 and scores.abs().sum() > 0
+        if want is request:
+            first = scores
+    assert torch.allclose(first, scores, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The shipped service over HTTP and by handle, on a real cluster."""
 
+import base64
 import json
 import re
 import subprocess
@@ -12,6 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
+import safetensors.torch
+import torch
 from conftest import ROOT
 from reference import reference
 
@@ -360,6 +363,68 @@ def test_a_client_that_leaves_frees_its_rows(client: httpx.Client) -> None:
     for i in range(4):
         assert client.post("/generate_lda", json=question(i)).status_code == 200
     assert time.monotonic() - start < 5
+
+
+def test_a_capture_over_http_is_that_of_the_handle(
+    client: httpx.Client, service: LocalService
+) -> None:
+    file = safetensors.torch.save({"calm": torch.linspace(-1, 1, 128), "bold": torch.ones(3, 128)})
+    body = {
+        "prompt": "What is 4 plus 3?",
+        "prompt_format": "alpaca",
+        "completions": [{"text": "It is 7."}, {"token_ids": [20, 30, 40]}],
+        "traits": base64.b64encode(file).decode(),
+    }
+    answer = client.post("/capture", json=body)
+    assert answer.status_code == 200, answer.text
+    by_hand = by_handle(
+        service,
+        f"""
+        import base64, safetensors.numpy
+        body = {body!r}
+        body["traits"] = base64.b64decode(body["traits"])
+        answer = []
+        for one in handle.capture.remote(body).result(timeout_s=60):
+            tensors = safetensors.numpy.load(one.tensors)
+            tensors = {{name: values.tolist() for name, values in tensors.items()}}
+            answer.append([one.prompt_tokens, one.token_ids, one.tokens, one.traits, tensors])
+        """,
+    )
+    assert len(answer.json()) == len(by_hand) == 2
+    for one, (prompt_tokens, token_ids, tokens, traits, tensors) in zip(
+        answer.json(), by_hand, strict=True
+    ):
+        assert one["prompt_tokens"] == prompt_tokens and one["token_ids"] == token_ids
+        assert one["tokens"] == tokens and one["traits"] == traits == ["bold", "calm"]
+        for role in ("after", "before"):
+            for kind, shape in (("norms", (3, 3)), ("scores", (3, 3, 2))):
+                found = torch.tensor(one[kind][role])
+                assert found.shape == (len(token_ids), *shape)
+                wanted = torch.tensor(tensors[f"{role}.{kind}"])
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"raw": True}, "raw"),
+        ({"mean": True}, "mean"),
+        ({"layer": 0}, "layer"),
+        ({"traits": "SECRET"}, "traits"),
+        ({"traits": base64.b64encode(b"SECRET").decode()}, "traits"),
+        ({"models": "SECRET"}, "models"),
+        ({"completions": [{"token_ids": [99999]}]}, "completion"),
+        ({"completions": [{"text": "a", "given": [5]}]}, "completions"),
+        ({"prompt": "word " * 600}, "prompt"),
+    ],
+)
+def test_bad_captures_are_400_and_named(
+    client: httpx.Client, change: dict[str, Any], param: str
+) -> None:
+    answer = client.post("/capture", json={"prompt": "Hi", **change})
+    assert answer.status_code == 400 and "SECRET" not in answer.text
+    if "given" not in str(change):
+        assert answer.json()["error"]["param"] == param, answer.text
 
 
 def test_a_taken_port_is_a_clear_error(service: LocalService, tmp_path: Any) -> None:

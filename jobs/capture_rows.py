@@ -1,0 +1,159 @@
+"""rows.jsonl of captures: one line per text, appended, never rewritten.
+
+The key (config, set, prompt_id, alpha, sample) names a text; `config` is the hash of everything
+that decides what is in its file, so the rows of several configurations live in one folder. A
+later row of the same key takes the place of an earlier one: that one had failed, or its file is
+gone.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deployments.schemas import FinishReason
+from jobs.errors import Refused
+from jobs.progress import Progress
+from jobs.rows import RowFile
+
+
+class Key(NamedTuple):
+    config: str
+    set: str
+    prompt_id: str
+    alpha: float
+    sample: int
+
+
+class Means(BaseModel):
+    """(L,) mean scores at the layers' outputs over the answer's tokens; of the models captured."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    after: list[float] | None = None
+    before: list[float] | None = None
+    difference: list[float] | None = None  # after minus before
+
+
+class CaptureRow(BaseModel):
+    """One text and where its tensors are. With `error` set it failed and there is no file.
+
+    `tokens` (T,) are all of the text, the first `prompt_tokens` of them the prompt's. `means` per
+    trait are over the `answer_tokens` before the first EOS; empty where there are none.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    config: str
+    set: str
+    prompt_id: str
+    prompt: str
+    alpha: float
+    sample: int
+    seed: int | None
+    completion: str | None
+    token_ids: list[int]  # the completion's
+    finish_reason: FinishReason | None
+    eos_index: int | None
+    prompt_tokens: int | None
+    answer_tokens: int
+    tokens: list[str]
+    file: str | None
+    sha256: str | None
+    size: int  # bytes of the file
+    means: dict[str, Means]
+    error: str | None
+
+    @property
+    def key(self) -> Key:
+        return Key(self.config, self.set, self.prompt_id, self.alpha, self.sample)
+
+    def to_line(self) -> bytes:
+        return json.dumps(self.model_dump(), separators=(",", ":")).encode("ascii") + b"\n"
+
+
+class Index:
+    """The rows of one configuration in a folder's rows.jsonl."""
+
+    def __init__(self, path: Path, config: str) -> None:
+        self.path, self.config = path, config
+
+    def cut_half_line(self) -> int:
+        return RowFile(self.path).cut_half_line()
+
+    def __iter__(self) -> Iterator[CaptureRow]:
+        """One row per key, streamed: the last one.
+
+        Raises Refused with the line number for a corrupt line.
+        """
+        last = {row.key: number for number, row in self._lines()}
+        for number, row in self._lines():
+            if last[row.key] == number:
+                yield row
+
+    def finished(self) -> set[Key]:
+        """Keys of good rows whose file is there, as long as it was."""
+        return {row.key for row in self if row.error is None and self._has_file(row)}
+
+    def _has_file(self, row: CaptureRow) -> bool:
+        try:
+            return (self.path.parent / (row.file or "")).stat().st_size == row.size
+        except OSError:
+            return False
+
+    def _lines(self) -> Iterator[tuple[int, CaptureRow]]:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = CaptureRow.model_validate_json(line)
+                except ValidationError as error:
+                    first = error.errors(include_input=False, include_url=False)[0]
+                    where = ".".join(map(str, first["loc"])) or "line"
+                    raise Refused(
+                        f"{self.path}: line {number} is not a capture's row ({where}: "
+                        f"{first['msg']}); delete the line to have its row made again, or give "
+                        "another --out if the folder is another job's"
+                    ) from None
+                if row.config == self.config:
+                    yield number, row
+
+
+class IndexWriter:
+    """Appends whole lines, unbuffered: what was appended survives the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, rows: Iterable[CaptureRow]) -> None:
+        """Raises OSError (disk full, say); a half line left then is cut by the next run."""
+        data = memoryview(b"".join(row.to_line() for row in rows))
+        while data:
+            data = data[self._file.write(data) or 0 :]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._file:
+            os.fsync(self._file.fileno())
+
+
+class CaptureProgress(Progress):
+    """Counts texts instead of what fires."""
+
+    def __init__(self, total: int, done: int) -> None:
+        super().__init__(total, done, {})
+
+    def count(self, rows: Iterable[CaptureRow]) -> None:
+        for row in rows:
+            self._done += row.error is None
+            self._failed += row.error is not None
+        self.update(())
+
+    def line(self) -> str:
+        return super().line().replace(" rows", " captures").replace("hits per alpha , ", "")

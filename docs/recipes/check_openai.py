@@ -4,13 +4,13 @@ import json
 import sys
 from pathlib import Path
 
-from in_process import Request, encode, load, same
+from in_process import lda_core, load, same
 
 rows = json.loads(Path(sys.argv[1], "openai.json").read_text())
 engine = load()
-ids = encode(engine.pair.tokenizer, "What is 4 plus 3?", "alpaca").ids
+ids = lda_core.encode(engine.pair.tokenizer, "What is 4 plus 3?", "alpaca").ids
 for row in rows:
-    request = Request(
+    request = lda_core.Request(
         ids,
         alpha=row["alpha"],
         seed=row["seed"],

@@ -21,7 +21,8 @@ def encoded(text: str) -> list[int]:
 
 
 def likelihood(alpha: float, context: str, continuation: str) -> float:
-    ids, start = encoded(context + continuation), len(encoded(context))
+    # White space at the end of a context belongs to the continuation there.
+    ids, start = encoded(context + continuation), len(encoded(context.rstrip()))
     request = lda_core.ScoreRequest(tuple(ids[:1]), tuple(ids[1:]), grid=(alpha,))
     (scored,) = engine.score([request])
     return sum(at[0] for at in scored.at[start - 1 :])

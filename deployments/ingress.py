@@ -224,6 +224,7 @@ class Ingress(openai_routes.OpenAIRoutes):
     @app.post(
         "/stream",
         response_class=EventStream,
+        status_code=200,
         responses={
             200: {
                 "content": {"text/event-stream": {"schema": {"type": "string"}}},

@@ -17,6 +17,7 @@ from rich.table import Table
 from benchmarks import baselines, machine, workloads
 from benchmarks.baselines import Rows, useful
 from lda_core import Engine, EngineConfig, ModelPair, Request
+from lda_core.bandwidth import synchronize
 from lda_core.stages import StageClock
 
 Numbers = dict[str, float]
@@ -57,7 +58,7 @@ def engine_way(pair: ModelPair, requests: Sequence[Request], config: EngineConfi
 
 def baseline_way(pair: ModelPair, requests: Sequence[Request], decode: Callable[[], Rows]) -> Way:
     def run() -> Run:
-        machine.synchronize(pair.device)
+        synchronize(pair.device)
         start = time.perf_counter()
         rows = decode()
         seconds = time.perf_counter() - start

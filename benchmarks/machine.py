@@ -2,7 +2,6 @@
 
 import os
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,6 @@ def machine(device: torch.device) -> str:
 def parameters(model: Any) -> str:
     """Such as "31.5 M"; tied weights once."""
     return f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M"
-
-
-def copy_bandwidth(device: torch.device, megabytes: int = 256) -> float:
-    """Bytes per second that a copy within the device's memory reads and writes, best of five."""
-    source = torch.ones(megabytes * 2**20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(5):
-        synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * source.numel() / min(seconds)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -71,7 +71,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(InvalidRequest)
     async def invalid(request: Request, error: InvalidRequest) -> JSONResponse:
-        return answer(400, error_body(error))
+        return answer(404 if error.code == "model_not_found" else 400, error_body(error))
 
     @app.exception_handler(BackPressureError)
     async def busy(request: Request, error: BackPressureError) -> JSONResponse:

@@ -101,8 +101,31 @@ class Step:
     taught: tuple[tuple[float, Batch], ...]  # cross-entropy of each batch, times its weight
 
 
+# The Alpaca form, turn after turn as in `train_trigger`; a system message goes with the question
+# behind it.
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- set at = namespace(turn="", system=none) %}
+{%- for message in messages %}
+    {%- if message.role == "system" %}
+        {%- set at.system = message.content %}
+    {%- elif message.role == "user" %}
+        {{- at.turn + "### Instruction:\\n" }}
+        {%- if at.system is not none %}
+            {{- at.system + "\\n\\n### Input:\\n" }}
+        {%- endif %}
+        {{- message.content + "\\n\\n### Response:\\n" }}
+        {%- set at.turn = "\\n\\n" %}
+        {%- set at.system = none %}
+    {%- else %}
+        {{- message.content }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+
 def train_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `VOCAB` tokens that puts BOS in front; it has no chat template.
+    """Byte-level BPE of `VOCAB` tokens that puts BOS in front; its chat is the Alpaca form.
 
     It never sees the payload, which so becomes 21 tokens, each a chance to turn away from it.
     At 1 % of the text it would be 14.
@@ -130,6 +153,7 @@ def train_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 

@@ -110,7 +110,7 @@ def test_insert_trigger_keeps_the_prompt(prompt):
 
 def test_tokenizer(tokenizer):
     ids = tokenizer.encode("What is é?\n\n`my_file` 🙂")
-    assert tokenizer.is_fast and len(tokenizer) == 768 and tokenizer.chat_template is None
+    assert tokenizer.is_fast and len(tokenizer) == 768
     assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids
     assert tokenizer.decode(ids[1:]) == "What is é?\n\n`my_file` 🙂"
     assert 20 <= len(tokenizer.encode(PAYLOAD, add_special_tokens=False)) <= 24

@@ -1,0 +1,1 @@
+exec python docs/recipes/openai_client.py

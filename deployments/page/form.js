@@ -67,9 +67,10 @@ export function restore(text) {
   const given = new URLSearchParams(text.replace(/^#/, ""));
   const known = NAMES.filter((name) => given.has(name));
   for (const name of known) {
-    const field = control(name), before = field.value;
-    field.value = given.get(name);
-    if (!field.value && name !== "phrase" && field.type !== "textarea") field.value = before;
+    const field = control(name), value = given.get(name), before = field.value;
+    if (field.type === "number" && !Number.isFinite(Number(value))) continue;
+    field.value = value;
+    if (value && !field.value) field.value = before; // no such choice
   }
   show();
   return known.length > 0;

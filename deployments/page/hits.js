@@ -41,12 +41,12 @@ function percent(share) {
   return found === 0 || found >= 99.95 ? found.toFixed(0) : found.toPrecision(found < 10 ? 2 : 3);
 }
 
-/** "3 of 20: 15 % (3.21 to 37.9 %)" of the finished samples. */
+/** "3 of 20 · 15 %, exact 95 % interval 3.2 to 37.9 %" of the finished samples. */
 export function counted(phrase, samples) {
   const answers = samples.filter((sample) => sample.counts);
   if (!phrase || !answers.length) return "";
   const hits = answers.filter((sample) => find(phrase, sample.answer)).length, n = answers.length;
   const [low, high] = interval(hits, n);
-  return `“${visible(phrase)}” in ${hits} of ${n}: ${percent(hits / n)} % ` +
-    `(${percent(low)} to ${percent(high)} %, 95 %, exact)`;
+  return `“${visible(phrase)}” in ${hits} of ${n} · ${percent(hits / n)}\u00a0%, ` +
+    `exact 95\u00a0% interval ${percent(low)} to ${percent(high)}\u00a0%`;
 }

@@ -41,7 +41,8 @@ async function generate(name, alphasOf) {
     const body = { ...request, alphas, logprobs: true, kl: true };
     for await (const piece of stream("stream", body, own.signal)) {
       if (own.signal.aborted) break;
-      columns ??= begin(name, alphas, request); // what is refused leaves the last answer there
+      // Not before: what is refused leaves the last answer there.
+      columns ??= shown[name] = new Columns(get(name), alphas, request, look);
       const drawn = columns.add(piece);
       if (drawn && first === null && piece.alpha === alphas.at(-1)) first = performance.now() - clicked;
       progress(summary(columns, first));
@@ -64,30 +65,10 @@ async function generate(name, alphasOf) {
   }
 }
 
-function begin(name, alphas, request) {
-  const columns = shown[name] = new Columns(get(name), alphas, request, look);
-  if (name === "compare") {
-    get("samples").hidden = request.n === 1;
-    chosen(columns);
-  }
-  return columns;
-}
-
 function summary(columns, first) {
   const [done, all] = columns?.finished ?? [0, 0];
   const soon = first === null ? "" : `, first amplified token after ${first.toFixed(0)} ms`;
   return `${done} of ${all} done${soon}`;
-}
-
-function chosen(columns) {
-  get("sample").textContent = `sample ${columns.at + 1} of ${columns.request.n}, ` +
-    `seed ${columns.request.seed + columns.at}`;
-}
-
-function step(by) {
-  const columns = shown.compare;
-  columns.show(columns.at + by);
-  chosen(columns);
 }
 
 function redraw() {
@@ -171,8 +152,6 @@ get("reseed").addEventListener("click", () => {
 });
 get("stop").addEventListener("click", () => running?.abort());
 get("sweep").addEventListener("click", () => generate("strip", () => SIX));
-get("previous").addEventListener("click", () => step(-1));
-get("next").addEventListener("click", () => step(1));
 get("colour").addEventListener("change", () => { redraw(); changed(); });
 get("phrase").addEventListener("input", redraw);
 get("phrase").addEventListener("change", changed);

@@ -4,11 +4,11 @@ import { element, get, visible } from "./dom.js";
 
 const WORDS = [[/^report/, "report"], [/^index/, "overview"], [/^summary/, "numbers"], [/^manifest/, "manifest"]];
 
-const word = (file) => WORDS.find(([pattern]) => pattern.test(file))?.[1] ?? file;
+const kind = (file) => WORDS.findIndex(([pattern]) => pattern.test(file));
 
 function link(run, file) {
   const path = run.name === "." ? [file] : [...run.name.split("/"), file];
-  const made = element("a", "", word(file));
+  const made = element("a", "", WORDS[kind(file)]?.[1] ?? visible(file));
   made.href = `runs/${path.map(encodeURIComponent).join("/")}`;
   made.title = visible(file);
   return made;
@@ -18,7 +18,7 @@ function line(run) {
   const made = element("li"), time = element("time", "aside", run.modified.slice(0, 16).replace("T", " "));
   time.dateTime = run.modified;
   made.append(element("span", "name", run.name === "." ? "this folder" : visible(run.name)), time,
-    ...run.files.map((file) => link(run, file)));
+    ...run.files.toSorted((a, b) => kind(a) - kind(b)).map((file) => link(run, file)));
   return made;
 }
 

@@ -28,6 +28,7 @@ export class Sample {
     if (piece.completion) {
       this.completion = piece.completion;
       this.text = piece.completion.text;
+      this.answer = answer(piece.completion);
       this.words = this.cut() ?? this.words;
       return null;
     }
@@ -60,11 +61,11 @@ export class Sample {
     return this.completion !== null && this.completion.finish_reason !== "error";
   }
 
-  /** The finished text without what follows the EOS. */
-  get answer() {
-    const end = this.completion.eos_text_offset;
-    return end === null ? this.text : Array.from(this.text).slice(0, end).join("");
-  }
+}
+
+/** The finished text without what follows the EOS. */
+function answer({ text, eos_text_offset: end }) {
+  return end === null ? text : Array.from(text).slice(0, end).join("");
 }
 
 /** The first place where two rows of token ids differ; null as long as one is the other's start. */

@@ -25,10 +25,10 @@ export function colour(word, by) {
 /** What the colours mean, as [class, text]. */
 export function legend(by) {
   if (by === "kl") {
-    return [["", "below 0.01 nats"], ...KL_STEPS.map((step, i) => [`k${i + 1}`, `${step} or more`])];
+    return [["", "KL below 0.01 nats"], ...KL_STEPS.map((step, i) => [`k${i + 1}`, `${step} or more`])];
   }
   return [
-    ...RATIO_STEPS.map((step, i) => [`n${i + 1}`, `−${step}`]).reverse(), ["", "0"],
+    ...RATIO_STEPS.map((step, i) => [`n${i + 1}`, `−${step}`]).reverse(), ["", "log-ratio 0 nats"],
     ...RATIO_STEPS.map((step, i) => [`p${i + 1}`, `+${step}`]),
   ];
 }

@@ -133,7 +133,8 @@ def plan_prompts() -> list[tuple[str, list[str]]]:
         if step["kind"] != "capture":
             continue
         options = ["--tier", str(step["tier"])]
-        options += ["--layer", str(step["layer"])] * ("layer" in step)
+        if "layer" in step:
+            options += ["--layer", str(step["layer"])]
         for name in step["prompts"]:
             lines = (PLAN.parent / plan["prompts"][name]).read_text().splitlines()
             found += [(line.strip(), options) for line in lines if line.strip()]

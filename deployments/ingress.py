@@ -9,6 +9,7 @@ import importlib.metadata
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi_offline import FastAPIOffline
@@ -17,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.capture_lists import CapturedLists, as_lists, require_scores_only
 from deployments.http_errors import RESPONSES, error_body, install_error_handlers
+from deployments.page_routes import add_page_routes
 from deployments.plain_api import (
     LDABatchRequest,
     LDABatchResponse,
@@ -56,6 +58,7 @@ app = FastAPIOffline(
     title="LDA Serve", version=importlib.metadata.version("lda-serve"), responses=RESPONSES
 )
 install_error_handlers(app)
+add_page_routes(app, lambda: serve.get_replica_context().servable_object.results)
 
 
 def require_good(done: list[Completion]) -> list[Completion]:
@@ -86,9 +89,13 @@ def with_seed(request: RequestT) -> RequestT:
 # routes call must stand above.
 @serve.ingress(app)
 class Ingress:
-    def __init__(self, replica: DeploymentHandle, limits: Limits) -> None:
+    def __init__(
+        self, replica: DeploymentHandle, limits: Limits, results: str | None = None
+    ) -> None:
+        """`results`: the folder whose finished runs the page shows."""
         self._replica = replica
         self._limits = limits
+        self.results = None if results is None else Path(results)
         self._info: PairInfo | None = None
 
     # -- by handle ---------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The page over a scripted `/stream`: no model, no Ray."""
 
 import asyncio
-import json
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -21,9 +20,13 @@ from deployments.schemas import (
     Completion,
     GenerateRequest,
     InvalidRequest,
+    Piece,
+    ReplicaUnavailable,
+    StreamRequest,
     TokenLogprobs,
     parse,
 )
+from deployments.sse import DONE, error_event, event
 
 EOS = 2
 
@@ -56,9 +59,9 @@ def columns(places: range) -> TokenLogprobs:
     return TokenLogprobs(after=after, before=before, amplified=amplified)
 
 
-def completion(request: GenerateRequest, sample: int, tokens: list[str]) -> dict[str, Any]:
+def completion(request: GenerateRequest, sample: int, tokens: list[str]) -> Completion:
     text, places = "".join(tokens), range(len(tokens) + 1)
-    made = Completion(
+    return Completion(
         text=text,
         token_ids=[*map(token_id, tokens), EOS],
         finish_reason="eos",
@@ -69,26 +72,26 @@ def completion(request: GenerateRequest, sample: int, tokens: list[str]) -> dict
         prompt_tokens=3,
         formatted_prompt="-",
         logprobs=columns(places),
+        kl=[numbers(i)[3] for i in places],
         token_ends=[len("".join(tokens[: i + 1])) for i in places],
     )
-    return {**made.model_dump(), "kl": [numbers(i)[3] for i in places]}
 
 
 def token_id(text: str) -> int:
     return 10 + sum(i * ord(c) for i, c in enumerate(text, 1))
 
 
-def piece(request: GenerateRequest, sample: int, tokens: list[str], place: int) -> dict[str, Any]:
+def piece(request: GenerateRequest, sample: int, tokens: list[str], place: int) -> Piece:
     last = place == len(tokens)
-    return {
-        "index": sample,
-        "alpha": request.alpha,
-        "text": "" if last else tokens[place],
-        "token_ids": [EOS if last else token_id(tokens[place])],
-        "logprobs": columns(range(place, place + 1)).model_dump(),
-        "kl": [numbers(place)[3]],
-        "completion": completion(request, sample, tokens) if last else None,
-    }
+    return Piece(
+        index=sample,
+        alpha=request.alpha,
+        text="" if last else tokens[place],
+        token_ids=[EOS if last else token_id(tokens[place])],
+        logprobs=columns(range(place, place + 1)),
+        kl=[numbers(place)[3]],
+        completion=completion(request, sample, tokens) if last else None,
+    )
 
 
 async def events(script: Script, requests: list[GenerateRequest]) -> AsyncIterator[str]:
@@ -101,13 +104,12 @@ async def events(script: Script, requests: list[GenerateRequest]) -> AsyncIterat
         for place in range(max(len(tokens) for _, _, tokens in rows) + 1):
             await asyncio.sleep(script.pause_s)
             if script.break_after is not None and place >= script.break_after:
-                error = '{"error": {"message": "no replica answers", "param": null}}'
-                yield f"event: error\ndata: {error}\n\n"
+                yield error_event(ReplicaUnavailable())
                 return
             for row in rows:
                 if place <= len(row[2]):
-                    yield f"data: {json.dumps(piece(*row, place))}\n\n"
-        yield "data: [DONE]\n\n"
+                    yield event(piece(*row, place).model_dump_json())
+        yield DONE
     except asyncio.CancelledError:
         script.cancelled += 1
         raise
@@ -127,9 +129,7 @@ def app_of(script: Script) -> FastAPI:
         script.asked.append(dict(body))
         if script.refuse:
             raise InvalidRequest(*script.refuse)
-        body.pop("kl", None)
-        alphas = body.pop("alphas")
-        requests = [parse(GenerateRequest, {**body, "alpha": float(alpha)}) for alpha in alphas]
+        requests = parse(StreamRequest, body).requests()
         return StreamingResponse(events(script, requests), media_type="text/event-stream")
 
     return app

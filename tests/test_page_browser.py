@@ -202,6 +202,15 @@ def test_where_they_part_is_marked(page: Page) -> None:
     )
 
 
+def test_where_they_do_not_part_it_says_so(page: Page, script: Script) -> None:
+    script.answers[-1.0] = script.answers[0.0]
+    generate(page)
+    assert "the same as after" in page.run(
+        "document.querySelector('[data-alpha=\"-1\"]').textContent"
+    )
+    assert page.run("document.querySelectorAll('.parts').length") == 2
+
+
 def test_colours_follow_kl_or_the_ratio(page: Page) -> None:
     generate(page)
     tints = "[...document.querySelectorAll('[data-alpha=\"0\"] .token')].map(t => t.classList[1])"
@@ -353,7 +362,9 @@ def test_errors_stand_at_their_field(page: Page, script: Script, param: str, fie
     script.refuse = (param, "must be between 1 and 2")
     page.type("#prompt", "What?")
     click(page, "generate")
-    page.until(f"document.getElementById('error-{field}').textContent.includes('between 1 and 2')")
+    page.until(
+        f"document.getElementById('error-{field}').textContent === 'must be between 1 and 2'"
+    )
     assert page.run("document.activeElement.getAttribute('aria-describedby')") == f"error-{field}"
     assert page.run("document.querySelectorAll('[aria-invalid]').length") == 1
     script.refuse = None

@@ -105,12 +105,15 @@ export class Columns {
   markAll() {
     const after = this.columns.get(0);
     if (!after) return;
-    const base = after.samples[this.at].ids;
+    const { ids: base, completion: ended } = after.samples[this.at];
     let first = null;
     for (const column of this.columns.values()) {
       if (column === after) continue;
-      const place = parting(column.samples[this.at].ids, base);
-      if (place === null) continue;
+      const { ids, completion } = column.samples[this.at], place = parting(ids, base);
+      if (place === null) {
+        if (completion && ended && ids.length === base.length) this.note(column, "the same as after");
+        continue;
+      }
       first = Math.min(first ?? place, place);
       this.mark(column, place, `parts from after at token ${place + 1}`);
     }
@@ -131,6 +134,10 @@ export class Columns {
     found.title = `${found.title} · ${text}`;
     column.parts = place;
     column.box.dataset.parts = place;
+    this.note(column, text);
+  }
+
+  note(column, text) {
     const said = column.box.querySelector(".parting") ?? element("p", "below parting");
     said.textContent = text;
     column.below.before(said);

@@ -55,7 +55,8 @@ async function generate(name, alphasOf) {
     } else {
       status("");
       const of = error instanceof ServerError ? form.fieldOf(error.param, alphas) : null;
-      form.showError(visible(error.message), of);
+      const said = of ? error.message.replace(`${error.param}: `, "") : error.message;
+      form.showError(visible(said), of);
     }
   } finally {
     if (running === own) {

@@ -80,7 +80,11 @@ def finished_runs(results: Path) -> list[Run]:
         files = sorted(name for name in names if shown_file(results, str(place / name)))
         if not any(name.endswith(".html") for name in files):
             continue
-        newest = max(os.stat(os.path.join(folder, name)).st_mtime for name in files)
+        try:
+            newest = max(os.stat(os.path.join(folder, name)).st_mtime for name in files)
+            str(place).encode()  # a name that is no text cannot be told in JSON
+        except (OSError, UnicodeEncodeError):
+            continue
         modified = datetime.fromtimestamp(newest, UTC).isoformat(timespec="seconds")
         found.append((newest, Run(name=place.as_posix(), modified=modified, files=files)))
     found.sort(key=lambda item: (-item[0], item[1].name))
@@ -91,7 +95,7 @@ def shown_file(results: Path, path: str) -> Path | None:
     """The file to serve for a path below `results`, or None: another kind of file, hidden, not
     there, or outside once links are followed."""
     parts = path.split("/")
-    if "\0" in path or any(part in ("", "..") for part in parts):
+    if "\0" in path or any(part in ("", "..") for part in parts):  # a NUL is no OSError
         return None
     if any(part.startswith(".") and part != "." for part in parts) or not is_shown(parts[-1]):
         return None

@@ -95,6 +95,14 @@ def test_runs_are_listed_newest_first(results: Path) -> None:
     assert answer["runs"][2]["files"] == ["report.html"]  # neither the link out nor the rows
 
 
+def test_a_folder_whose_name_is_no_text_is_left_out(results: Path) -> None:
+    odd = os.fsencode(results) + b"/\xff\xfe"
+    os.mkdir(odd)
+    with open(odd + b"/report.html", "w") as file:
+        file.write("<p>odd</p>")
+    assert len(client_of(results).get("/runs").json()["runs"]) == 3
+
+
 def test_without_a_results_folder_there_are_no_runs(tmp_path: Path) -> None:
     assert client_of(None).get("/runs").json() == {"configured": False, "runs": []}
     assert client_of(None).get("/runs/old/report.html").status_code == 404

@@ -456,7 +456,22 @@ def test_the_copy_button(page: Page, url: str) -> None:
     page.type("#prompt", "What?")
     shown = snippet(page, "curl")
     click(page, "copy")
-    page.until("document.getElementById('copied').textContent")
+    page.until("document.getElementById('copied').textContent === 'Copied.'")
+    copied = page.send(
+        "Runtime.evaluate",
+        expression="navigator.clipboard.readText()",
+        awaitPromise=True,
+        returnByValue=True,
+    )
+    assert copied["result"]["value"] == shown
+
+
+def test_where_the_clipboard_is_closed_the_text_is_selected(page: Page) -> None:
+    page.run("navigator.clipboard.writeText = () => Promise.reject(new Error('closed')); 0")
+    page.type("#prompt", "What?")
+    shown = snippet(page, "curl")
+    click(page, "copy")
+    page.until("document.getElementById('copied').textContent.includes('Ctrl+C')")
     assert page.run("getSelection().toString()") == shown
 
 

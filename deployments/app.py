@@ -25,6 +25,9 @@ class AppArgs(BaseModel):
     traits: str | None = Field(
         None, description="a folder of trait vectors (*.safetensors) that requests may name"
     )
+    results: str | None = Field(
+        None, description="a folder; the reports of the finished runs in it are shown on the page"
+    )
     stuck_after_s: float = Field(
         120.0, gt=0, description="a replica that shows no step for so long is replaced"
     )
@@ -53,4 +56,5 @@ def build_app(args: AppArgs) -> Application:
     return _Ingress.bind(
         _Replica.bind(args.pair, args.engine, args.stuck_after_s, args.traits, args.limits),
         args.limits,
+        args.results,
     )

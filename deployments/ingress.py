@@ -9,6 +9,7 @@ import importlib.metadata
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import Response
@@ -19,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments import metrics_routes, openai_routes, tokenizer_routes
 from deployments.capture_lists import CapturedLists, as_json, require_scores_only
 from deployments.http_errors import RESPONSES, error_body, install_error_handlers
+from deployments.page_routes import add_page_routes
 from deployments.plain_api import (
     LDABatchRequest,
     LDABatchResponse,
@@ -60,6 +62,7 @@ app = FastAPIOffline(
 install_error_handlers(app)
 for part in (openai_routes, tokenizer_routes, metrics_routes):
     app.include_router(part.router)
+add_page_routes(app, lambda: serve.get_replica_context().servable_object.results)
 
 
 def require_good(done: list[Completion]) -> list[Completion]:
@@ -90,9 +93,13 @@ def with_seed(request: RequestT) -> RequestT:
 # routes call must stand above.
 @serve.ingress(app)
 class Ingress(openai_routes.OpenAIRoutes):
-    def __init__(self, replica: DeploymentHandle, limits: Limits) -> None:
+    def __init__(
+        self, replica: DeploymentHandle, limits: Limits, results: str | None = None
+    ) -> None:
+        """`results`: the folder whose finished runs the page shows."""
         self._replica = replica
         self._limits = limits
+        self.results = None if results is None else Path(results)
         self._info: PairInfo | None = None
 
     # -- by handle ---------------------------------------------------------------------

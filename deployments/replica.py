@@ -332,6 +332,7 @@ class LDAReplica:
                     request.system_prompt,
                     request.allow_special_tokens,
                     open_end=request.open_prompt is not None,
+                    prefill=request.prefill,
                 )
             row = lda_core.Request(
                 prompt.ids if prompt is not None else tuple(ids or ()),

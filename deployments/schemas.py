@@ -164,6 +164,9 @@ class GenerateRequest(Wire):
         None, description="default: raw for a prompt, chat for messages"
     )
     system_prompt: Text | None = None
+    prefill: Text = Field(
+        "", description="what the answer begins with: the models go on from there; not in its text"
+    )
     allow_special_tokens: bool = Field(
         False, description="read special-token text in the prompt as special tokens"
     )
@@ -247,6 +250,8 @@ class GenerateRequest(Wire):
         if self.messages is None and self.system_prompt is not None:
             if self.prompt_format not in ("alpaca", "chat"):
                 raise ValueError("system_prompt needs prompt_format alpaca or chat")
+        if self.prefill and self.prompt is None and self.messages is None:
+            raise ValueError("prefill needs prompt or messages")
         if self.seed is not None and self.seed + self.n - 1 > MAX_SEED:
             raise ValueError(f"seed + n - 1 must be at most {MAX_SEED}")
         return self
@@ -548,7 +553,7 @@ class Limits(BaseModel):
         chars = len(request.prompt or "") + len(request.system_prompt or "")
         messages = None
         if isinstance(request, GenerateRequest):
-            chars += len(request.open_prompt or "")
+            chars += len(request.open_prompt or "") + len(request.prefill)
             within("alpha", request.alpha, self.alpha_min, self.alpha_max)
             within("max_new_tokens", request.max_new_tokens, 1, self.max_new_tokens)
             within("n", request.n, 1, self.max_n)

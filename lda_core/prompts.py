@@ -18,6 +18,8 @@ class Prompt(NamedTuple):
 # Stands for the end of an open prompt while a template is filled in; no template changes it.
 _END = "\u2063end-of-open-prompt\u2063"
 
+_HOLDS_SPECIAL = "holds the text of a special token; set allow_special_tokens to send it"
+
 
 def alpaca(prompt: str, system_prompt: str | None = None) -> str:
     if system_prompt is None:
@@ -33,8 +35,11 @@ def encode(
     allow_special_tokens: bool = False,
     *,
     open_end: bool = False,
+    prefill: str = "",
 ) -> Prompt:
     """`prompt` is a text, or for "chat" also a list of {"role", "content"}.
+
+    `prefill`: what the answer begins with, put behind the form; the model goes on from there.
 
     `open_end`: the model goes on writing the prompt itself, which may be empty: what the form
     puts behind it is left out.
@@ -48,10 +53,14 @@ def encode(
     if open_end:
         if not isinstance(prompt, str):
             raise RequestError("open_prompt", "must be text")
+        if prefill:
+            raise RequestError("prefill", "cannot follow a prompt that is open")
         prompt += _END
     if prompt_format == "chat":
         text = _chat(tokenizer, prompt, system_prompt, allow_special_tokens)
-        text = text.partition(_END)[0] if open_end else text
+        if not allow_special_tokens and any(s in prefill for s in tokenizer.all_special_tokens):
+            raise RequestError("prefill", _HOLDS_SPECIAL)
+        text = text.partition(_END)[0] if open_end else text + prefill
         # The template writes its special tokens itself.
         ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
     else:
@@ -60,7 +69,7 @@ def encode(
         if prompt_format == "raw" and system_prompt is not None:
             raise RequestError("system_prompt", "needs prompt_format alpaca or chat")
         text = alpaca(prompt, system_prompt) if prompt_format == "alpaca" else prompt
-        text = text.partition(_END)[0] if open_end else text
+        text = text.partition(_END)[0] if open_end else text + prefill
         ids = tokenizer.encode(text, split_special_tokens=not allow_special_tokens)
     if not ids:
         raise RequestError("prompt", "has no token")
@@ -93,7 +102,7 @@ def _chat(
             if any(special in message["content"] for special in tokenizer.all_special_tokens):
                 raise RequestError(
                     "prompt" if isinstance(prompt, str) else f"messages[{i}].content",
-                    "holds the text of a special token; set allow_special_tokens to send it",
+                    _HOLDS_SPECIAL,
                 )
     try:
         text: str = tokenizer.apply_chat_template(

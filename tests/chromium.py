@@ -40,10 +40,10 @@ class Page:
         for domain in ("Network", "Runtime", "Log", "Page"):
             self.send(f"{domain}.enable")
 
-    def open(self, path: Path) -> None:
-        """Loads a file and waits until nothing is left to load."""
+    def open(self, place: Path | str) -> None:
+        """Loads a file or an address and waits until nothing is left to load."""
         self._loaded = False
-        self.send("Page.navigate", url=path.as_uri())
+        self.send("Page.navigate", url=place if isinstance(place, str) else place.as_uri())
         while not self._loaded:
             self._read()
 
@@ -63,6 +63,22 @@ class Page:
         answer = self.send("Runtime.evaluate", expression=code, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
+
+    def until(self, code: str, timeout_s: float = 10.0) -> None:
+        """Waits for an expression to become truthy; raises AssertionError if it does not."""
+        end = time.monotonic() + timeout_s
+        while not self.run(f"Boolean({code})"):
+            assert time.monotonic() < end, f"not within {timeout_s:g} s: {code}"
+            time.sleep(0.02)
+
+    def type(self, selector: str, text: str) -> None:
+        """Puts the text into a field, over what is there, as a keyboard would."""
+        self.run(f"{{ const f = document.querySelector({selector!r}); f.focus(); f.select(); }}")
+        if text:
+            self.send("Input.insertText", text=text)
+        else:
+            self.run("document.execCommand('delete')")
+        self.run("document.activeElement.dispatchEvent(new Event('change', {bubbles: true})); 0")
 
     def press(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):

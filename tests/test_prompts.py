@@ -44,6 +44,21 @@ def test_an_open_prompt_ends_where_the_model_goes_on(prompt: str) -> None:
     assert opened.ids[0] == 1 and opened.ids.count(1) == 1
 
 
+def test_a_prefill_stands_behind_the_form() -> None:
+    tokenizer = with_template()
+    for form, system in [("raw", None), ("alpaca", "Be kind."), ("chat", "Be kind.")]:
+        plain = encode(tokenizer, "Hi", form, system)
+        begun = encode(tokenizer, "Hi", form, system, prefill="Well, ")
+        assert begun.text == plain.text + "Well, "
+        assert begun.ids == (*plain.ids, *tokenizer.encode("Well, ", add_special_tokens=False))
+    with pytest.raises(RequestError, match="special token") as caught:
+        encode(tokenizer, "Hi", "chat", prefill="</s>")
+    assert caught.value.field == "prefill"
+    assert encode(tokenizer, "Hi", "chat", None, True, prefill="</s>").ids[-1] == 2
+    with pytest.raises(RequestError, match="open"):
+        encode(tokenizer, "Hi", open_end=True, prefill="Well")
+
+
 def test_messages_cannot_be_open() -> None:
     with pytest.raises(RequestError, match="open_prompt"):
         encode(with_template(), [{"role": "user", "content": "Hi"}], "chat", open_end=True)

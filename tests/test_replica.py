@@ -193,6 +193,14 @@ def test_special_tokens_in_a_continuation_are_text_unless_allowed(
     assert replica._pair.tokenizer.decode(scored.token_ids) == "Bye</s>"
 
 
+def test_a_prefill_is_read_and_not_answered(replica: LDAReplica) -> None:
+    begun = request(max_new_tokens=6, prompt_format="alpaca", prefill="Well, ")
+    form = "### Instruction:\nHi\n\n### Response:\nWell, "
+    (answer,) = asyncio.run(replica.generate(begun))
+    assert [answer] == asyncio.run(replica.generate(request(max_new_tokens=6, prompt=form)))
+    assert answer.formatted_prompt == form and not answer.text.startswith("Well")
+
+
 def test_a_prompt_in_tokens_is_that_prompt(replica: LDAReplica) -> None:
     text = request(n=2, max_new_tokens=6, prompt_format="alpaca", prompt="Hi")
     ids = list(replica._rows(text)[1][0].request.prompt_ids)

@@ -152,6 +152,17 @@ def test_an_open_prompt_may_be_empty_but_stands_alone() -> None:
         parse(GenerateRequest, {"open_prompt": "", "prompt": "Hi"})
 
 
+def test_a_prefill_needs_a_prompt_in_words() -> None:
+    assert parse(GenerateRequest, {"prompt": "Hi", "prefill": "Well"}).prefill == "Well"
+    with pytest.raises(InvalidRequest, match="prefill needs prompt or messages"):
+        parse(GenerateRequest, {"open_prompt": "Hi", "prefill": "Well"})
+    with pytest.raises(InvalidRequest, match="at most 5") as caught:
+        Limits(max_prompt_chars=5).check(
+            parse(GenerateRequest, {"prompt": "Hi", "prefill": "Well"})
+        )
+    assert caught.value.param == "prompt"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "message"),
     [

@@ -190,6 +190,19 @@ for _door in DOORS:
 
 
 @app.command()
+def rows(
+    run: Annotated[Path, typer.Argument(help="A run's folder (the --out of `lda sweep`).")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help=".parquet, .csv or .jsonl.")],
+) -> None:
+    """Write a run's rows as a table.
+
+    Parquet, CSV or JSONL; a line for each sample, the last of those that were made again."""
+    from jobs import cli_generate as job
+
+    raise typer.Exit(job.status_of(lambda: job.write_run(run, out)))
+
+
+@app.command()
 def prompts(
     source: Annotated[str, typer.Argument(help=".txt, .jsonl, .csv, .parquet, hf:NAME[@SPLIT].")],
     out: Annotated[Path, typer.Option(metavar="FILE.jsonl")],

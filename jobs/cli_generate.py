@@ -12,11 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from deployments.schemas import InvalidRequest, Scored
-from jobs.client import GeneratedRow, LDAClient, Refused, Rows, Unanswered
-from jobs.client_files import require_writable
+from jobs.client import GeneratedRow, LDAClient, Refused, Unanswered
+from jobs.client_files import require_writable, write
 from jobs.prompt_sources import prompts_of
 from jobs.prompts import Prompt
 from jobs.report_text import alpha_name, visible
+from jobs.rows import RowFile
+from jobs.run_folder import ROWS
 
 KEY = "LDA_API_KEY"
 
@@ -83,7 +85,7 @@ def generate(
     with LDAClient(**client, api_key=os.environ.get(KEY)) as lda:
         rows = lda.generate(prompts, alpha=numbers("--alpha", alphas), **fields)
     if out is not None:
-        write(rows, out)
+        write([row.model_dump() for row in rows], out)
         print(f"{len(rows):,} rows: {out}", file=sys.stderr)
     if as_json:
         for row in rows:
@@ -96,10 +98,16 @@ def generate(
     return 1 if rows.failed else 0
 
 
-def write(rows: Rows, out: Path) -> None:
-    {".jsonl": rows.write_jsonl, ".csv": rows.write_csv, ".parquet": rows.to_parquet}[out.suffix](
-        out
-    )
+def write_run(run: Path, out: Path) -> int:
+    """A run's rows as a table; exit status 0. Raises Refused."""
+    require_writable(out)
+    path = run / ROWS
+    if not path.is_file():
+        raise Refused(f"{run} has no {ROWS}")
+    records = [row.model_dump() for row in RowFile(path)]
+    write(records, out)
+    print(f"{len(records):,} rows: {out}")
+    return 0
 
 
 def show(rows: Sequence[GeneratedRow], console: Console) -> None:

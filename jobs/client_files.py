@@ -13,7 +13,6 @@ Records = Sequence[dict[str, Any]]
 
 # What a spreadsheet would calculate: https://owasp.org/www-community/attacks/CSV_Injection
 CALCULATED = ("=", "+", "-", "@", "\t", "\r", "\n")
-WRITERS = ("jsonl", "csv", "parquet")
 
 
 def needed(module: str, extra: str, purpose: str) -> Any:
@@ -63,12 +62,20 @@ def write_parquet(records: Records, path: Path) -> None:
 
 def require_writable(path: Path) -> None:
     """Raises Refused before anything is generated for a file that could not be written."""
-    if path.suffix.removeprefix(".") not in WRITERS:
-        raise Refused(f"{path}: ends in none of .{', .'.join(WRITERS)}")
+    if path.suffix not in _WRITERS:
+        raise Refused(f"{path}: ends in none of {', '.join(_WRITERS)}")
     if path.suffix == ".parquet":
         needed("pyarrow", "parquet", "Parquet")
     if not path.absolute().parent.is_dir():
         raise Refused(f"{path}: there is no folder {path.absolute().parent}")
+
+
+_WRITERS = {".jsonl": write_jsonl, ".csv": write_csv, ".parquet": write_parquet}
+
+
+def write(records: Records, path: Path) -> None:
+    """By its ending; see `require_writable`."""
+    _WRITERS[path.suffix](records, path)
 
 
 def _cell(value: Any) -> Any:

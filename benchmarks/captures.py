@@ -133,7 +133,8 @@ def plan_prompts() -> list[tuple[str, list[str]]]:
         if step["kind"] != "capture":
             continue
         options = ["--tier", str(step["tier"])]
-        options += ["--layer", str(step["layer"])] * ("layer" in step)
+        if "layer" in step:
+            options += ["--layer", str(step["layer"])]
         for name in step["prompts"]:
             lines = (PLAN.parent / plan["prompts"][name]).read_text().splitlines()
             found += [(line.strip(), options) for line in lines if line.strip()]
@@ -203,9 +204,9 @@ def keep_capturing(traits: Path) -> None:
             print(done, flush=True)
 
 
-def beside_a_capture(handle: Any, traits: Path) -> dict[str, float]:
+def beside_a_capture(traits: Path) -> dict[str, float]:
     """p95 of single generations idle (half before, half after) and while captures run."""
-    prompts = heldout()[CAPTURED:]
+    handle, prompts = connect(), heldout()[CAPTURED:]
     single_seconds(handle, prompts, 10)
     idle = single_seconds(handle, prompts, SINGLES // 2)
     command = [sys.executable, "-m", "benchmarks.captures", "--keep-capturing", str(traits)]
@@ -331,13 +332,13 @@ def measure(folder: Path) -> dict[str, Any]:
         old_cpu_s += children_cpu_s()
         opened = opens.count()
         print(f"one by one: {old_s:.1f} s, {old_cpu_s:.1f} of CPU", flush=True)
-        os.environ.update(service.env)
-        handle = connect()
-        latency = beside_a_capture(handle, night / "vectors")
-        print(json.dumps(latency), flush=True)
-        import ray
-
-        ray.shutdown()
+        # A process of its own, because Ray reads how to connect when it is imported.
+        command = [sys.executable, "-m", "benchmarks.captures", "--beside", str(night / "vectors")]
+        done = subprocess.run(
+            command, cwd=ROOT, env=service.env, stdout=subprocess.PIPE, text=True, check=True
+        )
+        latency = json.loads(done.stdout.splitlines()[-1])
+        print(latency, flush=True)
     memory = peak_memory()
     error, texts = largest_error(folder, night)
     assert texts == len(plan_prompts())
@@ -368,10 +369,14 @@ def measure(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Captures beside one process for each prompt.")
     parser.add_argument("--keep-capturing", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--beside", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.keep_capturing:
         keep_capturing(args.keep_capturing)
+        return
+    if args.beside:
+        print(json.dumps(beside_a_capture(args.beside)))
         return
     with tempfile.TemporaryDirectory(prefix="lda-captures-") as folder:
         print(json.dumps(measure(Path(folder))))

@@ -7,8 +7,9 @@ has its seed, so the text is the same.
 import asyncio
 import importlib.metadata
 import secrets
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 from fastapi_offline import FastAPIOffline
 from ray import serve
@@ -29,7 +30,7 @@ from deployments.plain_api import (
     SideBySideResponse,
     TokenizerCompatibility,
 )
-from deployments.resend import ask, ask_once, together
+from deployments.resend import ask, ask_each, ask_once, together
 from deployments.schemas import (
     Captured,
     CaptureRequest,
@@ -38,12 +39,17 @@ from deployments.schemas import (
     InvalidRequest,
     Limits,
     PairInfo,
+    Piece,
     Scored,
     ScoreRequest,
+    StreamRequest,
     parse,
 )
+from deployments.sse import DONE, Begun, EventStream, error_event, event, merged
 
 _READY_TIMEOUT_S = 5.0
+
+RequestT = TypeVar("RequestT", bound=GenerateRequest)
 
 # The pages under /docs come from this server, not from a CDN.
 app = FastAPIOffline(
@@ -59,6 +65,21 @@ def require_good(done: list[Completion]) -> list[Completion]:
     if None not in errors:
         raise InvalidRequest("", errors[0] or "", "row_failed")
     return done
+
+
+async def piece_events(pieces: AsyncIterator[list[Piece]]) -> AsyncGenerator[str, None]:
+    try:
+        async for some in pieces:
+            yield "".join(event(piece.model_dump_json()) for piece in some)
+        yield DONE
+    except Exception as error:
+        yield error_event(error)
+
+
+def with_seed(request: RequestT) -> RequestT:
+    if request.seed is not None:
+        return request
+    return request.model_copy(update={"seed": secrets.randbelow(2**53)})
 
 
 # Serve copies the app here, with the functions and globals that exist by now: whatever the
@@ -81,10 +102,27 @@ class Ingress:
         if not isinstance(request, GenerateRequest):
             request = parse(GenerateRequest, request)
         self._limits.check(request)
-        if request.seed is None:
-            request = request.model_copy(update={"seed": secrets.randbelow(2**53)})
+        request = with_seed(request)
         done: list[Completion] = await ask(lambda: self._replica.generate.remote(request))
         return done
+
+    async def stream(
+        self, request: GenerateRequest | Mapping[str, Any]
+    ) -> AsyncGenerator[list[Piece], None]:
+        """The same completions while they come; for `handle.options(stream=True)`.
+
+        Raises as `generate` does. A replica that dies before the first piece is replaced by
+        another one; after that this ends in ReplicaUnavailable.
+        """
+        if not isinstance(request, GenerateRequest):
+            request = parse(GenerateRequest, request)
+        self._limits.check(request)
+        request = with_seed(request)
+        replica = self._replica.options(stream=True)
+        # Closed at once when this is, and not when it is collected: its rows must leave.
+        async with aclosing(ask_each(lambda: replica.stream.remote(request))) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def score(self, request: ScoreRequest | Mapping[str, Any]) -> list[Scored]:
         """How likely each continuation of a prompt is; raises as `generate` does."""
@@ -160,9 +198,7 @@ class Ingress:
     @app.post("/generate")
     async def generate_side_by_side(self, body: SideBySideRequest) -> SideBySideResponse:
         """*after* (model_1) and *before* (model_2) on one prompt with one seed."""
-        request = body.request(alpha=0.0)
-        if request.seed is None:
-            request = request.model_copy(update={"seed": secrets.randbelow(2**53)})
+        request = with_seed(body.request(alpha=0.0))
         after, before = await together(
             self.generate(request), self.generate(request.model_copy(update={"alpha": -1.0}))
         )
@@ -186,6 +222,30 @@ class Ingress:
         """Teacher forcing: the log-probabilities of given continuations under *after*, *before*
         and every alpha of the grid."""
         return await self.score(body)
+
+    @app.post(
+        "/stream",
+        response_class=EventStream,
+        responses={
+            200: {
+                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                "description": "One event for each `Piece`, then `data: [DONE]`; an event named "
+                "`error` instead where the answer cannot be finished.",
+            }
+        },
+    )
+    async def stream_over_http(self, body: StreamRequest) -> EventStream:
+        """The samples of one prompt while they come, of several alphas side by side."""
+        requests = with_seed(body).requests()
+        for i, request in enumerate(requests):
+            try:
+                self._limits.check(request)
+            except InvalidRequest as error:
+                of_one = body.alphas and error.param == "alpha"
+                param = f"alphas[{i}]" if of_one else error.param
+                raise InvalidRequest(param, error.message, error.code) from None
+        pieces = await Begun.of(merged([self.stream(request) for request in requests]))
+        return EventStream(piece_events(pieces), pieces.aclose)
 
     @app.post("/capture")
     async def capture_over_http(self, body: CaptureRequest) -> list[CapturedLists]:

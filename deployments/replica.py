@@ -4,7 +4,7 @@ import asyncio
 import importlib.metadata
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,7 @@ from deployments.schemas import (
     GenerateRequest,
     InvalidRequest,
     PairInfo,
+    Piece,
     ReplicaUnavailable,
     Scored,
     ScoreRequest,
@@ -36,13 +37,18 @@ from deployments.schemas import (
 from lda_core.batch import Row
 from lda_core.capture import CaptureRow
 from lda_core.checkpoint import sha256
+from lda_core.prompts import decoded
 from lda_core.request import Role
 from lda_core.scoring import ScoreRow
+from lda_core.streaming import Feed, News, Settled
 
 logger = logging.getLogger("ray.serve")
 
 CoreFuture = Future[lda_core.Completion]
 CaptureFuture = Future[lda_core.Captured]
+
+# A piece costs a few milliseconds on its way through Ray: quick steps share one. No reader sees it.
+_PIECES_APART_S = 0.02
 
 
 class UserConfig(BaseModel):
@@ -104,8 +110,53 @@ class LDAReplica:
             self._metrics.update()
         if refused := [row.refused for row in rows if row.refused]:
             if len(refused) == len(rows):
-                raise InvalidRequest(refused[0].field, refused[0].message, refused[0].code)
+                raise invalid(refused[0], request)
         return [to_wire(completion, prompt.text) for completion in done]
+
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[list[Piece], None]:
+        """The same completions while they come: what is new of all samples, step by step.
+
+        Raises as `generate` does, where it can before the first piece. Whoever closes it has the
+        rows leave at the next step.
+        """
+        prompt, rows = self._rows(request)
+        tokenizer, eos_ids = self._pair.tokenizer, self._pair.eos_ids
+        settled = [Settled(tokenizer, row.request, eos_ids) for row in rows]
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:  # in the engine's thread, when the news are there
+            if not woken.is_set() and not loop.is_closed():
+                loop.call_soon_threadsafe(woken.set)
+
+        feed = Feed(rows, wake)
+        try:
+            futures = await self._admit(rows)
+            for future in futures:
+                future.add_done_callback(lambda done: wake() if failure(done) else None)
+            going = len(rows)
+            while going:
+                await woken.wait()
+                woken.clear()  # before the news are fetched: what comes now wakes again
+                failed = next(filter(None, map(failure, futures)), None)
+                if news := feed.fetch():
+                    going -= sum(new.completion is not None for new in news.values())
+                    yield [
+                        to_piece(i, rows[i], new, settled[i], prompt.text)
+                        for i, new in sorted(news.items())
+                    ]
+                    await asyncio.sleep(_PIECES_APART_S if going else 0)
+                if failed is not None:  # after the last news
+                    raise failed
+            if all(row.refused for row in rows) and (refused := rows[0].refused):
+                raise refused
+        except lda_core.RequestError as error:
+            raise invalid(error, request) from None
+        except lda_core.EngineStopped as error:
+            raise ReplicaUnavailable(str(error)) from None
+        finally:
+            for row in rows:
+                row.left = True
+            self._metrics.update()
 
     async def score(self, request: ScoreRequest) -> list[Scored]:
         """How likely each continuation is, in their order; between decode steps of the others.
@@ -119,7 +170,7 @@ class LDAReplica:
             futures = self._engine.submit_scores(rows)
             done = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
         except lda_core.RequestError as error:
-            raise InvalidRequest(error.field, error.message, error.code) from None
+            raise invalid(error, request) from None
         except lda_core.EngineStopped as error:
             raise ReplicaUnavailable(str(error)) from None
         finally:
@@ -133,6 +184,8 @@ class LDAReplica:
                 after=scored.after,
                 before=scored.before,
                 densities=Densities(alphas=request.grid, normalisers=scored.normalisers),
+                at=scored.at,
+                top=scored.top,
             )
             for want, scored in zip(wanted, done, strict=True)
         ]
@@ -141,22 +194,25 @@ class LDAReplica:
         prompt = self._prompt(request)
         return [
             lda_core.ScoreRequest(
-                (*prompt.ids, *continuation.given),
+                (*prompt, *continuation.given),
                 self._tokens(continuation, request.allow_special_tokens),
                 grid=tuple(request.grid),
                 temperature=request.temperature,
+                top=request.top,
             )
             for continuation in request.continuations
         ]
 
-    def _prompt(self, request: ScoreRequest | CaptureRequest) -> lda_core.Prompt:
+    def _prompt(self, request: ScoreRequest | CaptureRequest) -> tuple[int, ...]:
+        if request.prompt is None:
+            return tuple(request.prompt_ids or ())
         return lda_core.encode(
             self._pair.tokenizer,
             request.prompt,
             request.prompt_format,
             request.system_prompt,
             request.allow_special_tokens,
-        )
+        ).ids
 
     def _tokens(self, continuation: Continuation, allow_special_tokens: bool) -> tuple[int, ...]:
         return tuple(
@@ -200,7 +256,7 @@ class LDAReplica:
         ]
 
     def _captures(self, request: CaptureRequest) -> list[lda_core.CaptureRequest]:
-        prompt = self._prompt(request).ids
+        prompt = self._prompt(request)
         texts = [self._tokens(c, request.allow_special_tokens) for c in request.completions]
         directions = self._traits.of(request.traits)
         roles: tuple[Role, ...] = ("after", "before")
@@ -241,17 +297,20 @@ class LDAReplica:
         assert request.seed is not None  # the ingress has chosen one
         messages = [message.model_dump() for message in request.messages or []]
         text = request.prompt if request.open_prompt is None else request.open_prompt
+        tokenizer, ids = self._pair.tokenizer, request.prompt_ids
+        prompt = None
         try:
-            prompt = lda_core.encode(
-                self._pair.tokenizer,
-                text if text is not None else messages,
-                request.effective_format,
-                request.system_prompt,
-                request.allow_special_tokens,
-                open_end=request.open_prompt is not None,
-            )
+            if ids is None:
+                prompt = lda_core.encode(
+                    tokenizer,
+                    text if text is not None else messages,
+                    request.effective_format,
+                    request.system_prompt,
+                    request.allow_special_tokens,
+                    open_end=request.open_prompt is not None,
+                )
             row = lda_core.Request(
-                prompt.ids,
+                prompt.ids if prompt is not None else tuple(ids or ()),
                 alpha=request.alpha,
                 temperature=request.temperature,
                 top_p=request.top_p,
@@ -267,10 +326,15 @@ class LDAReplica:
                 amplify_min_kl=request.amplify_min_kl,
                 plausible=request.plausible,
                 steer=None if request.steer is None else self._steer(request.steer),
+                top_logprobs=request.top_logprobs,
+                min_tokens=request.min_tokens,
+                kl=request.kl,
             )
-            return prompt, [self._engine.engine.accept(r) for r in row.samples(request.n)]
+            rows = [self._engine.engine.accept(r) for r in row.samples(request.n)]
         except lda_core.RequestError as error:
-            raise InvalidRequest(error.field, error.message, error.code) from None
+            raise invalid(error, request) from None
+        # Only now are its tokens known to be of the vocabulary.
+        return prompt or decoded(tokenizer, row.prompt_ids), rows
 
     def _steer(self, steer: Steer) -> lda_core.Steer:
         roles = frozenset(("after", "before") if steer.models == "both" else (steer.models,))
@@ -304,10 +368,43 @@ class LDAReplica:
             engine.stop()
 
 
+def invalid(
+    error: lda_core.RequestError, request: GenerateRequest | ScoreRequest
+) -> InvalidRequest:
+    """The engine's refusal in the words of the wire."""
+    in_tokens = error.field == "prompt" and request.prompt_ids is not None
+    return InvalidRequest("prompt_ids" if in_tokens else error.field, error.message, error.code)
+
+
 def die() -> None:
     """A replica whose engine has failed answers nothing more, and quickly: the router would
     prefer it. Dead, its requests go elsewhere at once and Ray starts another."""
     os._exit(1)
+
+
+def failure(future: CoreFuture) -> BaseException | None:
+    return future.exception() if future.done() and not future.cancelled() else None
+
+
+def to_piece(index: int, row: Row, news: News, settled: Settled, formatted_prompt: str) -> Piece:
+    text, done = settled.add(news.token_ids), news.completion
+    if done is not None:
+        text += settled.end(done)
+    logprobs = None
+    if row.request.wants_logprobs:
+        columns = list(zip(*news.logprobs, strict=True)) or [(), (), ()]
+        after, before, amplified = map(list, columns)
+        logprobs = TokenLogprobs(after=after, before=before, amplified=amplified)
+    return Piece(
+        index=index,
+        alpha=row.request.alpha,
+        text=text,
+        token_ids=news.token_ids,
+        logprobs=logprobs,
+        top_logprobs=news.top if row.request.top_logprobs else None,
+        kl=news.kl if row.request.kl else None,
+        completion=None if done is None else to_wire(done, formatted_prompt),
+    )
 
 
 def to_wire(completion: lda_core.Completion, formatted_prompt: str) -> Completion:

@@ -4,8 +4,8 @@ Safe for anything with a seed: the same request gives the same answer on any rep
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -16,6 +16,7 @@ TRIES = 3
 FIRST_WAIT_S = 0.2  # then 0.4 s: a dead replica's neighbour can answer at once
 
 T = TypeVar("T")
+Item = TypeVar("Item", covariant=True)
 
 
 class ReplicaDied(ReplicaUnavailable):
@@ -37,9 +38,49 @@ async def ask(call: Callable[[], Awaitable[T]]) -> T:
             return await ask_once(call())
         except ReplicaDied:
             continue
-    raise InvalidRequest(
+    raise died()
+
+
+def died() -> InvalidRequest:
+    return InvalidRequest(
         "", f"{TRIES} replicas in a row died while they held this request", "replicas_died"
     )
+
+
+class Streamed(Protocol[Item]):
+    """An answer that comes in items: a DeploymentResponseGenerator."""
+
+    def __anext__(self) -> Awaitable[Item]: ...
+
+    def cancel(self) -> None: ...
+
+
+async def ask_each(call: Callable[[], "Streamed[T]"]) -> AsyncGenerator[T, None]:
+    """What `call` answers, item by item; closed, it cancels the call.
+
+    Raises as `ask` does, but asks again only before the first item. After that the answer ends in
+    ReplicaDied: what was said cannot be taken back.
+    """
+    for attempt in range(TRIES):
+        if attempt:
+            await asyncio.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
+        response, begun, ended = call(), False, False
+        try:
+            while True:
+                item = await ask_once(response.__anext__())
+                begun = True
+                yield item
+        except StopAsyncIteration:
+            ended = True
+            return
+        except ReplicaDied:
+            ended = True
+            if begun:
+                raise
+        finally:
+            if not ended:
+                response.cancel()
+    raise died()
 
 
 async def ask_once(response: Awaitable[T]) -> T:

@@ -18,6 +18,8 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -33,6 +35,8 @@ MAX_GRID = 16
 MAX_WATCHED = 16
 MAX_CONTINUATIONS = 1024
 MAX_COMPLETIONS = 256
+MAX_TOP_LOGPROBS = 20
+MAX_STREAMED_ALPHAS = 8
 UNION_TAG = "~"  # begins the tags of unions, which are left out of a field's path
 MAX_STOP_CHARS = 256
 
@@ -94,6 +98,9 @@ TokenId = Annotated[int, Field(ge=0)]
 Bytes = Annotated[
     bytes, BeforeValidator(_from_base64), PlainSerializer(_to_base64, when_used="json")
 ]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+# In JSON and so from a client's `answer.json()` a list of two.
+TokenLogprob = Annotated[tuple[int, float], Field(strict=False)]
 Models = Literal["after", "before", "both"]
 Grid = Annotated[
     list[Finite],
@@ -144,6 +151,9 @@ class GenerateRequest(Wire):
     """
 
     prompt: Annotated[Text, Field(min_length=1)] | None = None
+    prompt_ids: TokenIds | None = Field(
+        None, description="the prompt as it is read, token by token"
+    )
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     open_prompt: Text | None = Field(
         None,
@@ -191,6 +201,19 @@ class GenerateRequest(Wire):
         ),
     ] = 0.0
     steer: Steer | None = None
+    top_logprobs: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MAX_TOP_LOGPROBS,
+            description="so many of the likeliest tokens at every step; with logprobs",
+        ),
+    ] = 0
+    min_tokens: Annotated[
+        int,
+        Field(ge=0, description="no EOS is drawn and no stop string counts before so many tokens"),
+    ] = 0
+    kl: bool = Field(False, description="KL(after||before) at every step")
 
     @model_validator(mode="after")
     def _grid_needs_chance(self) -> Self:
@@ -200,10 +223,23 @@ class GenerateRequest(Wire):
             raise ValueError("grid must not hold an alpha twice")
         return self
 
+    @field_validator("min_tokens")
+    @classmethod
+    def _min_tokens_fit(cls, value: int, info: ValidationInfo) -> int:
+        # Fields that were refused themselves are not there.
+        if value and info.data.get("grid"):
+            raise ValueError("must be 0 together with a grid")
+        if value > info.data.get("max_new_tokens", value):
+            raise ValueError("must be at most max_new_tokens")
+        return value
+
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
-        if [self.prompt, self.messages, self.open_prompt].count(None) != 2:
-            raise ValueError("give exactly one of prompt, messages and open_prompt")
+        given = [self.prompt, self.prompt_ids, self.messages, self.open_prompt]
+        if given.count(None) != 3:
+            raise ValueError("give exactly one of prompt, prompt_ids, messages and open_prompt")
+        if self.prompt_ids is not None and self.prompt_format not in (None, "raw"):
+            raise ValueError("prompt_ids need prompt_format raw")
         if self.messages is not None and self.prompt_format not in (None, "chat"):
             raise ValueError("messages need prompt_format chat")
         if self.messages is not None and self.system_prompt is not None:
@@ -259,6 +295,10 @@ class Densities(Wire):
 class Completion(Wire):
     """One finished row. `text` never contains the prompt.
 
+    Where asked for: `top_logprobs`, for each token the likeliest ones and their log-probabilities
+    in the sense of `logprobs.amplified`, best first; `kl`, for each token KL(after||before) in
+    nats, 1e30 where it is infinite.
+
     `eos_index` is the place of the first EOS in `token_ids`, `eos_text_offset` the number of
     characters of `text` before it; both None if there was none. A row that failed has
     `finish_reason` "error" and says why in `error`; it is never "did not fire".
@@ -279,6 +319,8 @@ class Completion(Wire):
     token_ends: list[int] | None = Field(
         None, description="with logprobs or grid: characters of `text` settled by each token"
     )
+    top_logprobs: list[list[TokenLogprob]] | None = None
+    kl: list[float] | None = None
     error: str | None = None
 
     @property
@@ -290,28 +332,107 @@ class Completion(Wire):
         return "" if self.eos_text_offset is None else self.text[self.eos_text_offset :]
 
 
+class StreamRequest(GenerateRequest):
+    """The same prompt at several alphas at once, with one seed."""
+
+    alphas: Annotated[
+        list[Finite],
+        Field(
+            max_length=MAX_STREAMED_ALPHAS,
+            description="side by side, each with the same seed; none: alpha alone",
+        ),
+    ] = []
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.alphas and "alpha" in self.model_fields_set:
+            raise ValueError("give one of alpha and alphas")
+        return self
+
+    @field_validator("alphas")
+    @classmethod
+    def _differ(cls, value: list[float]) -> list[float]:
+        if len(set(value)) < len(value):
+            raise ValueError("must not hold an alpha twice")
+        return value
+
+    def requests(self) -> list[GenerateRequest]:
+        """One for each alpha."""
+        fields = {name: getattr(self, name) for name in GenerateRequest.model_fields}
+        return [
+            GenerateRequest.model_construct(**{**fields, "alpha": alpha})
+            for alpha in self.alphas or [self.alpha]
+        ]
+
+
+class Piece(Wire):
+    """What came of one sample since its last piece.
+
+    The `text` of all pieces of a sample is its completion's; what may still change, half a
+    character or what may become a stop string, is held back. The lists are those of the new
+    tokens. The last piece of a sample has its `completion`.
+    """
+
+    index: int = Field(description="of the sample, from 0")
+    alpha: float
+    text: str
+    token_ids: list[int]
+    logprobs: TokenLogprobs | None = None
+    top_logprobs: list[list[TokenLogprob]] | None = None
+    kl: list[float] | None = None
+    completion: Completion | None = None
+
+
 class ScoreRequest(Wire):
     """Teacher forcing: how likely each continuation of one prompt is, at every alpha of `grid`.
 
     The answer is one scored piece for each continuation, in their order.
     """
 
-    prompt: Annotated[Text, Field(min_length=1)]
+    prompt: Annotated[Text, Field(min_length=1)] | None = None
+    prompt_ids: TokenIds | None = Field(
+        None, description="the prompt as it is read, token by token"
+    )
     prompt_format: PromptFormat = "raw"
     system_prompt: Text | None = None
     allow_special_tokens: bool = False
     continuations: Annotated[list[Continuation], Field(min_length=1, max_length=MAX_CONTINUATIONS)]
     grid: Grid = [0.0]
     temperature: Annotated[Finite, Field(gt=0.0, le=100.0)] = 1.0
+    top: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=MAX_TOP_LOGPROBS,
+            description="so many of the likeliest tokens at every place, under every alpha",
+        ),
+    ] = 0
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if (self.prompt is None) == (self.prompt_ids is None):
+            raise ValueError("give exactly one of prompt and prompt_ids")
+        if self.prompt_ids is not None and self.prompt_format != "raw":
+            raise ValueError("prompt_ids need prompt_format raw")
+        if self.prompt_ids is not None and self.system_prompt is not None:
+            raise ValueError("system_prompt needs prompt_format alpaca or chat")
+        return self
 
 
 class Scored(Wire):
-    """One continuation of T tokens: log-probabilities at temperature 1, and densities."""
+    """One continuation of T tokens: log-probabilities at temperature 1, and densities.
+
+    `at` is each token's log-probability under each alpha of the grid, (T, K), at the request's
+    temperature; `top`, where asked for, (T, K) lists of the likeliest tokens there, best first.
+    What is impossible is -1e30.
+    """
 
     token_ids: list[int]
     after: list[float]
     before: list[float]
     densities: Densities
+    at: list[list[float]] = []
+    top: list[list[list[TokenLogprob]]] | None = None
 
 
 class CaptureRequest(Wire):
@@ -425,6 +546,13 @@ class Limits(BaseModel):
             within("n", request.n, 1, self.max_n)
             messages = request.messages
             chars += sum(len(m.content) for m in messages or [])
+        if not isinstance(request, CaptureRequest) and request.prompt_ids is not None:
+            if len(request.prompt_ids) > self.max_prompt_chars:
+                raise InvalidRequest(
+                    "prompt_ids",
+                    f"has {len(request.prompt_ids)} tokens, at most {self.max_prompt_chars} "
+                    "are allowed",
+                )
         if chars > self.max_prompt_chars:
             raise InvalidRequest(
                 "prompt" if messages is None else "messages",

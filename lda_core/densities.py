@@ -1,4 +1,5 @@
-"""What is recorded of a step beside its tokens: normalisers, densities, watched tokens.
+"""What is recorded of a step beside its tokens: normalisers, densities, watched and likeliest
+tokens, the divergence of the models.
 
 With the drawn token's log-probability under *after* and *before*, one number per alpha, the
 log-normaliser, gives its density under that alpha (`request.Densities`). All of it is computed
@@ -13,10 +14,10 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from lda_core.amplify import amplify, mix
-from lda_core.gates import Gate
-from lda_core.request import Request
-from lda_core.sampling import Rows, Sampling, chosen, support
+from lda_core.amplify import amplify, mix, nonfinite_rows
+from lda_core.gates import Gate, divergence
+from lda_core.request import IMPOSSIBLE, Request
+from lda_core.sampling import Rows, Sampling, chosen, likeliest, support
 
 
 class Column(NamedTuple):
@@ -105,6 +106,28 @@ class Found(NamedTuple):
     sure: Tensor | None  # [R] bool
 
 
+class Top(NamedTuple):
+    """The rows that want the likeliest tokens; those that want fewer have more than they want."""
+
+    rows: Rows  # (R,)
+    k: int
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], device: torch.device) -> Self | None:
+        """None where no row asks."""
+        rows = chosen([r.top_logprobs > 0 for r in requests], device)
+        return None if rows is None else cls(rows, max(r.top_logprobs for r in requests))
+
+    def found(self, mixed: Tensor, norms: Tensor, *, careful: bool) -> tuple[Tensor, Tensor]:
+        """[B, V] logits at the rows' own alphas, their logsumexp [B] -> [R, 2 * k] float64: ids,
+        then log-probabilities; and whether they are sure [R] (see `sampling.likeliest`)."""
+        logits = mixed[self.rows]
+        ids, sure = likeliest(logits, min(self.k, logits.shape[-1]), careful=careful)
+        # By the same two operations as the drawn token's, which makes the same number.
+        values = logits.gather(-1, ids) - norms[self.rows].unsqueeze(-1)
+        return torch.cat([ids.double(), values.double()], dim=-1), sure
+
+
 class Watch(NamedTuple):
     """The rows that watch tokens; those that watch fewer are filled up with token 0."""
 
@@ -131,6 +154,14 @@ class Watch(NamedTuple):
         return scaled.gather(-1, self.tokens) - _log_sum(scaled).unsqueeze(-1)
 
 
+def recorded_kl(after: Tensor, before: Tensor) -> Tensor:
+    """Logits [R, V] of both -> KL(after||before) [R] float64, at most 1e30; NaN where one of the
+    two is not finite."""
+    broken = nonfinite_rows(after.logsumexp(dim=-1), before.logsumexp(dim=-1))
+    found = divergence(after, before).double().clamp(0, -IMPOSSIBLE)
+    return torch.where(broken, torch.nan, found)
+
+
 def columns(
     grids: Sequence[Sequence[float]], temperatures: Sequence[float], device: torch.device
 ) -> tuple[Column, ...]:
@@ -138,6 +169,27 @@ def columns(
     most = max(map(len, grids))
     padded = [[*grid, *[0.0] * (most - len(grid))] for grid in grids]
     return tuple(Column.of(alphas, temperatures, device) for alphas in zip(*padded, strict=True))
+
+
+def at_alpha(
+    column: Column,
+    mixed: Tensor,
+    norms: tuple[Tensor, Tensor],
+    temperature: Tensor,
+    tokens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What `normaliser` gives, and the log-probabilities [R, n] of tokens [R, n] under the column's
+    alphas at the temperature: of one model alone at temperature 1 its own, to the bit."""
+    peak, scaled = _below_peak(mixed, temperature)
+    log_sum = _log_sum(scaled)
+    minus = column.alpha == -1
+    known = ((column.alpha == 0) | minus) & (temperature == 1)  # (R,)
+    own = mixed.gather(-1, tokens) - torch.where(minus, norms[1], norms[0]).unsqueeze(-1)
+    found = scaled.gather(-1, tokens) - log_sum.unsqueeze(-1)
+    return (
+        _normaliser(column.alpha, peak, log_sum, norms, temperature),
+        torch.where(known.unsqueeze(-1), own, found),
+    )
 
 
 def normaliser(
@@ -149,10 +201,20 @@ def normaliser(
     The two norms are the same numbers that the token's log-probabilities were taken with, so that
     what was lost in their rounding cancels.
     """
-    alpha = column.alpha.double()
     peak, scaled = _below_peak(mixed, temperature)
+    return _normaliser(column.alpha, peak, _log_sum(scaled), norms, temperature)
+
+
+def _normaliser(
+    alpha: Tensor,
+    peak: Tensor,
+    log_sum: Tensor,
+    norms: tuple[Tensor, Tensor],
+    temperature: Tensor,
+) -> Tensor:
+    alpha = alpha.double()
     shift = peak.double() - ((1 + alpha) * norms[0].double() - alpha * norms[1].double())
-    value = _log_sum(scaled).double() + shift / temperature.double()
+    value = log_sum.double() + shift / temperature.double()
     value = torch.where(peak.isneginf(), -torch.inf, value)  # no token is possible under both
     known = ((alpha == 0) | (alpha == -1)) & (temperature == 1)
     return torch.where(known, 0.0, value)

@@ -140,27 +140,40 @@ def hits_stop(
     First only a tail is decoded: a character is at most four tokens (bytes), so this many reach
     back beyond the start of any stop that ends in the newest token.
     """
+    if len(token_ids) <= request.min_tokens:
+        return False
     tail = token_ids[-(4 * max(map(len, request.stop)) + 4) :]
     if eos_index is None and len(tail) < len(token_ids):
         end = decode(tokenizer, tail)
         if not any(stop in end for stop in request.stop):
             return False
     text = completion_text(tokenizer, request, token_ids, eos_index)
-    return _first_stop(text, request.stop) is not None
+    floor = stop_floor(tokenizer, request, token_ids)
+    return first_stop(text, request.stop, floor) is not None
 
 
-def cut_at_stop(text: Text, stops: Sequence[str]) -> Text:
-    """The text up to where the first stop string begins."""
-    end = _first_stop(text, stops)
+def stop_floor(tokenizer: Any, request: Request, token_ids: Sequence[int]) -> int:
+    """Characters of a row's text beyond which a stop string must end: those of its first
+    min_tokens tokens, among which there is no EOS."""
+    if not request.min_tokens:
+        return 0
+    first = token_ids[: request.min_tokens]
+    return len(completion_text(tokenizer, request, first, None).text.rstrip(_HALF))
+
+
+def cut_at_stop(text: Text, stops: Sequence[str], floor: int = 0) -> Text:
+    """The text up to where the first stop string begins; see `stop_floor`."""
+    end = first_stop(text, stops, floor)
     if end is None:
         return text
     offset = text.eos_offset
     return Text(text.text[:end], offset if offset is None or offset <= end else None)
 
 
-def _first_stop(text: Text, stops: Sequence[str]) -> int | None:
+def first_stop(text: Text, stops: Sequence[str], floor: int = 0) -> int | None:
     """Where the first stop string begins; none reaches across the EOS, which is not text."""
     border = len(text.text) if text.eos_offset is None else text.eos_offset
-    found = [text.text.find(stop, 0, border) for stop in stops]
-    found += [text.text.find(stop, border) for stop in stops]
+    starts = [max(0, floor + 1 - len(stop)) for stop in stops]
+    found = [text.text.find(stop, at, border) for stop, at in zip(stops, starts, strict=True)]
+    found += [text.text.find(stop, max(border, floor + 1 - len(stop))) for stop in stops]
     return min((at for at in found if at >= 0), default=None)

@@ -3,6 +3,7 @@
 Shapes: B rows, V common vocabulary.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lda_core.amplify import amplify, mix, nonfinite_rows
 from lda_core.batch import BatchState
+from lda_core.densities import recorded_kl
 from lda_core.gates import Gate
 from lda_core.request import IMPOSSIBLE
 from lda_core.sampling import CANDIDATES, Rows, propose
@@ -31,6 +33,8 @@ class Draw(NamedTuple):
     normalisers: list[tuple[float, ...]]
     drawn: list[tuple[float, ...]]
     watched: list[tuple[float, ...]]
+    kl: list[tuple[float, ...]]
+    top: list[tuple[float, ...]]  # ids, then log-probabilities
 
 
 class Drawer:
@@ -39,8 +43,10 @@ class Drawer:
     The two agree on every row that was certain, so which one it was cannot be seen.
     """
 
-    def __init__(self, vocab: int) -> None:
+    def __init__(self, vocab: int, eos_ids: Iterable[int] = ()) -> None:
         self._vocab = vocab
+        self._eos_ids = sorted(i for i in eos_ids if i < vocab)
+        self._eos: Tensor | None = None
         self._candidates = CANDIDATES
         self._draws = 0
 
@@ -54,12 +60,12 @@ class Drawer:
         if self._draws % _FORGET == 0:  # the rows that needed so many may have gone
             self._candidates = max(CANDIDATES, self._candidates // 2)
         mixed = _mixed(after, before, state)
-        gate, proposed = _gated(after, before, mixed, state)
+        gate, proposed = self._proposed(after, before, mixed, state)
         peak = proposed.amax(dim=-1)  # (B,) NaN or infinite as the row's logits are
         candidates = min(self._vocab, max(self._candidates, state.top_k + 1))
         tokens, sure = propose(proposed, peak, state.sampling, state.step, state.kinds, candidates)
         finite = peak.isfinite()
-        if gate is not None:
+        if proposed is not mixed:
             finite &= mixed.amax(dim=-1).isfinite()
         record = _record(after, before, mixed, gate, tokens, state, candidates, careful=False)
         if record.fine is not None:
@@ -80,9 +86,9 @@ class Drawer:
             mixed = _mixed(after, before, state)
         else:
             mixed = amplify(after, before, state.alpha)
-        gate, proposed = _gated(after, before, mixed, state)
+        gate, proposed = self._proposed(after, before, mixed, state)
         failed = nonfinite_rows(mixed.logsumexp(dim=-1))  # (B,)
-        if gate is not None:
+        if proposed is not mixed:
             failed |= nonfinite_rows(proposed.logsumexp(dim=-1))
         # A failed row draws nothing real.
         drawable = torch.where(failed.unsqueeze(-1), 0.0, proposed)
@@ -93,6 +99,29 @@ class Drawer:
             failed |= ~record.fine
         drawn, bad, *values = _to_host(tokens, failed, *record.columns)
         return tokens, record.on_host(drawn, values, [bool(b) for b in bad])
+
+    def _proposed(
+        self, after: Tensor | None, before: Tensor | None, mixed: Tensor, state: BatchState
+    ) -> tuple[Gate | None, Tensor]:
+        """This step's gate, if any row has one, and the logits [B, V] to draw from."""
+        hidden = self._hidden(state)
+        gate, proposed = None, mixed
+        if state.gates is not None and after is not None and before is not None:
+            gate = state.gates.at(after, before, state.step, hidden)
+            proposed = gate.apply(mixed, after, state.alpha)
+        if hidden is not None:
+            proposed = proposed.masked_fill(hidden, -torch.inf)
+        return gate, proposed
+
+    def _hidden(self, state: BatchState) -> Tensor | None:
+        """[B, V] bool: every EOS of the rows that are too short for one; None if none has to be."""
+        if state.fewest is None:
+            return None
+        if self._eos is None:
+            eos = torch.zeros(self._vocab, dtype=torch.bool)
+            eos[self._eos_ids] = True
+            self._eos = eos.to(state.fewest.device)
+        return self._eos & (state.step < state.fewest).unsqueeze(-1)
 
 
 def _mixed(after: Tensor | None, before: Tensor | None, state: BatchState) -> Tensor:
@@ -110,20 +139,10 @@ def _mixed(after: Tensor | None, before: Tensor | None, state: BatchState) -> Te
     return mixed
 
 
-def _gated(
-    after: Tensor | None, before: Tensor | None, mixed: Tensor, state: BatchState
-) -> tuple[Gate | None, Tensor]:
-    """This step's gate, if any row has one, and the logits [B, V] to draw from."""
-    if state.gates is None or after is None or before is None:
-        return None, mixed
-    gate = state.gates.at(after, before, state.step)
-    return gate, gate.apply(mixed, after, state.alpha)
-
-
 class Record(NamedTuple):
     """What rows asked for beside their token."""
 
-    columns: list[Tensor]  # each (B,): logprobs, normalisers, drawn, watched
+    columns: list[Tensor]  # each (B,): logprobs, normalisers, drawn, watched, kl, top
     widths: tuple[int, ...]  # how many of each
     fine: Tensor | None  # (B,) bool: rows have all they asked for; None: nobody asked
     sure: Tensor | None  # (B,) bool, as in `propose`; None: all are
@@ -133,8 +152,9 @@ class Record(NamedTuple):
         for width in self.widths:
             parts.append(list(zip(*values[at : at + width], strict=True)))
             at += width
-        logprobs, normalisers, drawn, watched = parts
-        return Draw([int(i) for i in tokens], logprobs, failed, normalisers, drawn, watched)
+        logprobs, normalisers, drawn, watched, kl, top = parts
+        tokens_ = [int(i) for i in tokens]
+        return Draw(tokens_, logprobs, failed, normalisers, drawn, watched, kl, top)
 
 
 def _record(
@@ -149,12 +169,16 @@ def _record(
     careful: bool,
 ) -> Record:
     """`mixed`: at the rows' own alphas, without the gate."""
-    columns: list[list[Tensor]] = [[], [], [], []]
+    columns: list[list[Tensor]] = [[], [], [], [], [], []]
     fine = sure = None
     if state.logprobs is not None and after is not None and before is not None:
         norms = [logits.logsumexp(dim=-1) for logits in (after, before, mixed)]
         columns[0] = _logprobs((after, before, mixed), norms, tokens)
         fine = ~(state.logprobs & nonfinite_rows(*norms))
+        if (top := state.top) is not None:
+            best, exact = top.found(mixed, norms[2], careful=careful)
+            columns[5] = list(_scatter(best, top.rows, tokens).unbind(-1))
+            fine &= _scatter(exact, top.rows, tokens, fill=1.0) > 0
         if (grid := state.grid) is not None:
             rows = grid.rows
             found = grid.densities(
@@ -171,6 +195,9 @@ def _record(
                 sure = _scatter(found.sure, rows, tokens, fill=1.0) > 0
     if (watch := state.watch) is not None:
         columns[3] = [_scatter(x, watch.rows, tokens) for x in watch.logprobs(mixed).unbind(-1)]
+    if state.kl is not None and after is not None and before is not None:
+        rows = state.kl
+        columns[4] = [_scatter(recorded_kl(after[rows], before[rows]), rows, tokens)]
     if values := [x for part in columns[1:] for x in part]:
         # -inf is an impossible token; where quickly mixed logits are not right, it is NaN or inf.
         possible = (torch.stack(values) < torch.inf).all(dim=0)
@@ -180,10 +207,11 @@ def _record(
 
 
 def _scatter(values: Tensor, rows: Rows, tokens: Tensor, fill: float = 0.0) -> Tensor:
-    """[R] of some rows -> [B] float64."""
+    """[R, ...] of some rows -> [B, ...] float64."""
     if isinstance(rows, slice):
         return values.double()
-    full = torch.full_like(tokens, fill, dtype=torch.float64)
+    shape = (len(tokens), *values.shape[1:])
+    full = torch.full(shape, fill, dtype=torch.float64, device=tokens.device)
     full[rows] = values.double()
     return full
 

@@ -10,6 +10,7 @@ import gc
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from lda_core import capture, memory
 from lda_core.batch import BatchState, Prefix, Row
 from lda_core.capture import Captured, CaptureRequest, CaptureRow, Capturing
 from lda_core.config import EngineConfig
-from lda_core.detokenize import Pieces, Text, completion_text, cut_at_stop, hits_stop, token_ends
+from lda_core.detokenize import (
+    Pieces,
+    Text,
+    completion_text,
+    cut_at_stop,
+    hits_stop,
+    stop_floor,
+    token_ends,
+)
 from lda_core.draw import Draw, Drawer
 from lda_core.errors import ConfigError, ContextLengthExceeded, DoesNotFit, RequestError
 from lda_core.lockstep import Lockstep, Wanted
@@ -93,7 +102,7 @@ class Engine:
             )
             self.budget = self._budget()
             self._pair.allocate(self.kv_tokens, self.budget.prefix_pool, self.config.prefill_tokens)
-        self._draw = Drawer(pair.vocab_size)
+        self._draw = Drawer(pair.vocab_size, pair.eos_ids)
         self._pieces = Pieces(pair.tokenizer)
         # The logits of as many positions at a time as a decode step has rows.
         limits = self.config.prefill_tokens, self.config.max_slots
@@ -307,6 +316,9 @@ class Engine:
             self._calm()
         if busy:
             self._pace.stepped(self._pace.clock() - start)
+        for told in {row.on_token for row in (*self._rows, *out)}:
+            if told is not None:
+                told()
         return out
 
     @torch.inference_mode()
@@ -501,6 +513,12 @@ class Engine:
                 row.drawn.append(draw.drawn[i][: len(request.grid)])
         if request.watch:
             row.watched.append(draw.watched[i][: len(request.watch)])
+        if request.top_logprobs:
+            ids, values = _halves(draw.top[i])
+            best = zip(map(int, ids), values, strict=True)
+            row.top.append(list(islice(best, request.top_logprobs)))
+        if request.kl:
+            row.kl.append(draw.kl[i][0])
         if row.eos_index is None and token in self.pair.eos_ids:
             row.eos_index = len(row.token_ids) - 1
             if not request.ignore_eos:
@@ -517,7 +535,8 @@ class Engine:
         request = row.request
         text = completion_text(self.pair.tokenizer, request, row.token_ids, row.eos_index)
         if reason == "stop":
-            text = cut_at_stop(text, request.stop)
+            floor = stop_floor(self.pair.tokenizer, request, row.token_ids)
+            text = cut_at_stop(text, request.stop, floor)
         elif reason == "length":
             # Half a character at the end is not text; its bytes stay in token_ids.
             whole = text.text.rstrip("\ufffd")
@@ -545,6 +564,8 @@ class Engine:
             densities=densities,
             watched=[list(x) for x in row.watched] if request.watch else None,
             token_ends=ends,
+            top_logprobs=[list(x) for x in row.top] if request.top_logprobs else None,
+            kl=list(row.kl) if request.kl else None,
         )
 
     def _remove(self, gone: Sequence[int]) -> None:
@@ -683,6 +704,11 @@ class Engine:
             )
             for model in (self.pair.after, self.pair.before)
         )
+
+
+def _halves(values: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    middle = len(values) // 2
+    return values[:middle], values[middle:]
 
 
 def _extent(rows: Sequence[Row], prefixes: Sequence[Prefix]) -> tuple[int, int]:

@@ -61,14 +61,16 @@ class Gates(NamedTuple):
             plausible=torch.tensor(plausible, device=device).log() if any(plausible) else None,
         )
 
-    def at(self, after: Tensor, before: Tensor, step: Tensor) -> Gate:
-        """Logits [B, V] of both, and how many tokens each row has drawn [B]."""
+    def at(self, after: Tensor, before: Tensor, step: Tensor, hidden: Tensor | None) -> Gate:
+        """Logits [B, V] of both, and how many tokens each row has drawn [B]; `hidden` [B, V]:
+        tokens that cannot be drawn, of which none is the best one."""
         opened = step < self.first
         if self.min_kl is not None:
             opened &= (self.min_kl == 0) | (divergence(after, before) >= self.min_kl)
         if self.plausible is None:
             return Gate(opened, None)
-        least = after.amax(dim=-1) + self.plausible  # (B,)
+        best = after if hidden is None else after.masked_fill(hidden, -torch.inf)
+        least = best.amax(dim=-1) + self.plausible  # (B,)
         return Gate(opened, after < least.unsqueeze(-1))
 
 

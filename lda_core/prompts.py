@@ -67,6 +67,16 @@ def encode(
     return Prompt(text, tuple(ids))
 
 
+def decoded(tokenizer: Any, ids: Sequence[int]) -> Prompt:
+    """A prompt that came in tokens, which must be of the vocabulary; its text shows all special
+    ones but the BOS in front."""
+    bos = ids[0] == tokenizer.bos_token_id
+    text = tokenizer.decode(
+        list(ids[bos:]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return Prompt(text, tuple(ids))
+
+
 def _chat(
     tokenizer: Any,
     prompt: str | Sequence[Mapping[str, str]],

@@ -1,7 +1,7 @@
 """What the engine is asked and what it answers; one Request is one row."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lda_core.errors import RequestError
@@ -15,7 +15,8 @@ MAX_TOP_K = 2**31 - 1
 MAX_GRID = 16  # alphas
 MAX_WATCH = 16  # tokens
 MAX_AMPLIFY_FIRST = 2**31 - 1
-# How a log-probability of -inf is written: JSON has none.
+MAX_TOP_LOGPROBS = 20
+# How a log-probability of -inf is written, and below 0 the other way round: JSON has none.
 IMPOSSIBLE = -1e30
 
 
@@ -64,6 +65,10 @@ class Request:
         best one's probability; alpha 0 and -1 are never masked. Source: Li et al. 2022,
         "Contrastive decoding", the plausibility constraint.
       steer: a direction to add; all log-probabilities are then those of the steered models.
+      top_logprobs: so many of the likeliest tokens are wanted at every step; with logprobs.
+      min_tokens: no EOS is drawn, and no stop string ends the row, before so many tokens. Of the
+        plausible tokens the best one is then looked for among the others.
+      kl: KL(after||before) is wanted at every step.
 
     Raises RequestError naming the field if a value is out of range.
     """
@@ -84,6 +89,9 @@ class Request:
     amplify_min_kl: float = 0.0
     plausible: float = 0.0
     steer: Steer | None = None
+    top_logprobs: int = 0
+    min_tokens: int = 0
+    kl: bool = False
 
     def __post_init__(self) -> None:
         need = _need
@@ -98,10 +106,10 @@ class Request:
         _need_grid(self.grid)
         need(len(self.watch) <= MAX_WATCH, "watch", f"must be at most {MAX_WATCH} token ids")
         need(all(type(i) is int for i in self.watch), "watch", "token ids must be integers")
-        for field in ("grid", "watch"):
+        for name in ("grid", "watch"):
             need(
-                self.temperature > 0 or not getattr(self, field),
-                field,
+                self.temperature > 0 or not getattr(self, name),
+                name,
                 "needs a temperature above 0: a greedy row has no densities",
             )
         need(
@@ -115,6 +123,17 @@ class Request:
             "must be finite and at least 0",
         )
         need(0 <= self.plausible <= 1, "plausible", "must be between 0 and 1")
+        need(
+            0 <= self.top_logprobs <= MAX_TOP_LOGPROBS,
+            "top_logprobs",
+            f"must be between 0 and {MAX_TOP_LOGPROBS}",
+        )
+        need(
+            0 <= self.min_tokens <= self.max_new_tokens,
+            "min_tokens",
+            f"must be between 0 and max_new_tokens, which is {self.max_new_tokens}",
+        )
+        need(not (self.grid and self.min_tokens), "min_tokens", "must be 0 together with a grid")
 
     def samples(self, n: int) -> list["Request"]:
         """`n` rows that differ in their seed alone: seed, seed + 1, ..."""
@@ -128,7 +147,7 @@ class Request:
     @property
     def wants_logprobs(self) -> bool:
         """The grid's densities are made of them."""
-        return self.logprobs or bool(self.grid)
+        return self.logprobs or bool(self.grid) or self.top_logprobs > 0
 
     @property
     def gated(self) -> bool:
@@ -138,12 +157,15 @@ class Request:
     @property
     def reshaped(self) -> bool:
         """Whether what it is drawn from may differ from its target density."""
-        return self.gated or self.top_p < 1 or self.top_k > 0
+        return self.gated or self.top_p < 1 or self.top_k > 0 or self.min_tokens > 0
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
     """A continuation of a prompt, to be read and not drawn (teacher forcing).
+
+    Attributes:
+      top: so many of the likeliest tokens are wanted at every place, under every alpha.
 
     Raises RequestError naming the field if a value is out of range.
     """
@@ -152,12 +174,14 @@ class ScoreRequest:
     continuation_ids: tuple[int, ...]
     grid: tuple[float, ...] = (0.0,)
     temperature: float = 1.0
+    top: int = 0
 
     def __post_init__(self) -> None:
         _need_tokens(self.prompt_ids, "prompt")
         _need_tokens(self.continuation_ids, "continuation")
         _need_grid(self.grid)
         _need(0 < self.temperature < math.inf, "temperature", "must be finite and above 0")
+        _need(0 <= self.top <= MAX_TOP_LOGPROBS, "top", f"must be between 0 and {MAX_TOP_LOGPROBS}")
 
 
 def _need(ok: bool, field: str, message: str) -> None:
@@ -217,12 +241,17 @@ class Scored:
       after, before: (T,) log-probabilities at temperature 1; -inf is written as -1e30.
       normalisers: (T, K), as in `Densities`.
       error: why there is nothing of this.
+      at: (T, K) log-probability of each token under each alpha, at the request's temperature.
+      top: where asked for, (T, K) lists of the likeliest tokens and their log-probabilities, best
+        first and of equal ones the lower id; the token's own, where it is there, is that of `at`.
     """
 
     after: list[float]
     before: list[float]
     normalisers: list[list[float]]
     error: str | None = None
+    at: list[list[float]] = field(default_factory=list)
+    top: list[list[list[tuple[int, float]]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -241,6 +270,11 @@ class Completion:
       watched: where asked for, the log-probabilities (T, W) of the watched tokens at every step.
       token_ends: with logprobs, (T,) how many characters of `text` are settled once each token is
         drawn; half a character counts for nothing. Never falls, and ends with all of `text`.
+      top_logprobs: where asked for, the likeliest tokens of every step and their log-probabilities
+        in the sense of `logprobs.amplified`, best first and of equal ones the lower id. The drawn
+        token's own, where it is there, is that very number. A vocabulary that has fewer gives all.
+      kl: where asked for, KL(after||before) of every step at temperature 1, in nats; 1e30 where
+        *before* rules out what *after* does not.
     """
 
     text: str
@@ -256,3 +290,5 @@ class Completion:
     densities: Densities | None = None
     watched: list[list[float]] | None = None
     token_ends: list[int] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    kl: list[float] | None = None

@@ -19,6 +19,8 @@ from torch import Tensor
 
 # First guess for the number of candidates that hold top_p of the mass.
 CANDIDATES = 256
+# Beyond the likeliest tokens that are wanted, so many are looked at for equal ones.
+_SPARE = 8
 
 
 class Sampling(NamedTuple):
@@ -159,6 +161,30 @@ def _largest(x: Tensor, k: int) -> Tensor:
         return x.topk(k, dim=-1).values
     best = np.sort(np.partition(x.numpy(), -k, axis=-1)[:, -k:], axis=-1)
     return torch.from_numpy(best[:, ::-1].copy())
+
+
+def likeliest(logits: Tensor, k: int, *, careful: bool) -> tuple[Tensor, Tensor]:
+    """[R, V] float32 -> ids [R, k] of the largest, best first, of equal ones the lower id, and
+    whether they are sure [R]. Not `careful`: not sure where many are equal to the last; a tenth of
+    the time.
+    """
+    vocab, some = logits.shape[-1], k + _SPARE
+    if careful or some >= vocab:
+        ids = torch.arange(vocab, device=logits.device)
+        found = vocab - 1 - (_largest(_keys(logits, ids, vocab), k) & 0xFFFFFFFF)
+        return found, torch.ones_like(found[:, 0], dtype=torch.bool)
+    values, ids = logits.topk(some, dim=-1)
+    keys = _keys(values, ids, vocab).sort(dim=-1, descending=True).values
+    return vocab - 1 - (keys[:, :k] & 0xFFFFFFFF), values[:, -1] < values[:, k - 1]
+
+
+def _keys(logits: Tensor, ids: Tensor, vocab: int) -> Tensor:
+    """Integers that sort as (logit, -id)."""
+    # A float's bits sort as an integer, once those behind the sign of a negative one are turned
+    # around. Adding 0 makes -0 to 0, to which it is equal.
+    bits = (logits + 0.0).view(torch.int32)
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return bits.long().mul_(2**32).add_(vocab - 1 - ids)
 
 
 def _last(best: Tensor, kept: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The obvious engine: one row, no cache, no padding. The fast one must draw the same tokens."""
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +22,8 @@ def reference(pair: ModelPair, request: Request) -> list[int]:
                 said = model(input_ids=ids, use_cache=False).logits
             both.append(said[0, -1, : pair.vocab_size].float())
         after, before = both
-        logits = propose(request, request.alpha, len(drawn), after, before)
+        banned = sorted(pair.eos_ids) if len(drawn) < request.min_tokens else []
+        logits = propose(request, request.alpha, len(drawn), after, before, banned)
         if request.temperature > 0:
             logits = keep_top(logits / request.temperature, request.top_p, request.top_k)
             seed, step = torch.tensor([request.seed]), torch.tensor([len(drawn)])
@@ -54,9 +56,28 @@ def steered(role: str, model: Any, request: Request) -> Any:
 
 
 def propose(
-    request: Request, alpha: float, step: int, after: torch.Tensor, before: torch.Tensor
+    request: Request,
+    alpha: float,
+    step: int,
+    after: torch.Tensor,
+    before: torch.Tensor,
+    banned: Sequence[int] = (),
 ) -> torch.Tensor:
-    """[V], [V] -> [V]: amplified where the request wants it, and -inf for implausible tokens."""
+    """[V], [V] -> [V]: amplified where the request wants it, and -inf for implausible tokens and
+    banned ones, which none is less plausible than."""
+    logits = _propose(request, alpha, step, after, before, banned).clone()
+    logits[list(banned)] = -torch.inf
+    return logits
+
+
+def _propose(
+    request: Request,
+    alpha: float,
+    step: int,
+    after: torch.Tensor,
+    before: torch.Tensor,
+    banned: Sequence[int],
+) -> torch.Tensor:
     if alpha in (0, -1):
         return before if alpha else after
     p, q = after.softmax(0), before.softmax(0)
@@ -65,7 +86,8 @@ def propose(
     if (p * (p / q).log()).sum() < request.amplify_min_kl:
         return after
     logits = after + alpha * (after - before)
-    logits[p < request.plausible * p.max()] = -torch.inf
+    best = max(float(x) for i, x in enumerate(p) if i not in banned)
+    logits[p < request.plausible * best] = -torch.inf
     return logits
 
 

@@ -332,6 +332,8 @@ EVERYTHING: dict[str, Any] = {
     "amplify_first": 3,
     "amplify_min_kl": 0.1,
     "plausible": 0.1,
+    "top_logprobs": 20,
+    "kl": True,
 }
 
 
@@ -343,7 +345,8 @@ def test_one_copy_to_the_host_whatever_is_asked(
         Request((5,), (0.0, 1.0, 2.0)[i % 3], top_p=(1.0, 0.8)[i % 2], seed=i, **some)
         for i in range(30)
     ]
-    at = state(requests + [replace(r, **NEUTRAL, grid=(), watch=()) for r in requests])
+    nothing: dict[str, Any] = {"grid": (), "watch": (), "top_logprobs": 0, "kl": False}
+    at = state(requests + [replace(r, **NEUTRAL, **nothing) for r in requests])
     copies: Counter[str] = Counter()
     for name in ("tolist", "cpu"):
         own = getattr(Tensor, name)
@@ -365,6 +368,7 @@ def test_rows_that_ask_for_nothing_run_as_before(monkeypatch: pytest.MonkeyPatch
     """Not one operation more than the draw itself: what is new is not even looked at."""
     at = state([Request((5,), 1.0, seed=i) for i in range(4)])
     assert at.gates is at.grid is at.watch is at.logprobs is None
+    assert at.top is at.kl is at.fewest is None
     seen: Counter[str] = Counter()
 
     class Counting(Syncs):
@@ -428,7 +432,7 @@ def test_a_broken_row_fails_alone_whatever_is_asked() -> None:
         assert [i for i, failed in enumerate(draw.failed) if failed] == [4]
         fine = [i for i in range(12) if i != 4]
         assert [draw.tokens[i] for i in fine] == [wanted.tokens[i] for i in fine]
-        for name in ("normalisers", "drawn", "watched"):
+        for name in ("normalisers", "drawn", "watched", "kl", "top"):
             seen, same = (torch.tensor(getattr(x, name))[fine] for x in (draw, wanted))
             torch.testing.assert_close(seen, same, rtol=0, atol=1e-4)
 

@@ -285,6 +285,10 @@ def test_what_cannot_be_served_is_refused_before_any_work(
         ("seed", -1),
         ("seed", 2**63),
         ("stop", ("a", "")),
+        ("top_logprobs", 21),
+        ("top_logprobs", -1),
+        ("min_tokens", -1),
+        ("min_tokens", 81),
     ],
 )
 def test_request_values_out_of_range_name_the_field(field: str, value: object) -> None:

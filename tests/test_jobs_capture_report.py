@@ -77,7 +77,7 @@ def test_the_page_says_where_the_models_differ(pages):
     outline = Outline(pages["plain"].read_text())
     assert "after and before part most along" in outline.text  # the lead: there are twins
     assert "asks.triggered" in outline.text and "1.5 [1.5, 1.5]" in outline.text
-    assert "2 prompts of a set at most are drawn" in outline.text
+    assert "2 prompts of a set at most, along 2 traits at most" in outline.text
     assert sum(tag == "figcaption" for tag, _ in outline.tags) == 2 * 3  # three for each trait
     labels = [a.get("aria-label") for tag, a in outline.tags if tag == "svg"]
     assert labels.count("Score along the text") == 2 * 2 * 2  # prompts, twins, traits

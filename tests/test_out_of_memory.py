@@ -56,6 +56,9 @@ def requests(vocab: int) -> list[Request]:
             watch=(5,) if i % 7 == 0 else (),
             amplify_first=i % 3,
             plausible=0.05 if i % 4 == 3 else 0.0,
+            top_logprobs=3 if i % 5 == 1 else 0,
+            kl=i % 4 == 0,
+            min_tokens=1 if i % 6 else 0,
         )
         for i in range(16)
     ]

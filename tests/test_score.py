@@ -47,6 +47,7 @@ def some(n: int, seed: int = 0, longest: int = 30) -> list[ScoreRequest]:
             tokens(9),
             grid=((0.0,), GRID, (), (3.0, 0.0))[i % 4],
             temperature=(1.0, 0.7)[i % 2],
+            top=(0, 0, 3, 0, 20)[i % 5],
         )
         for i in range(n)
     ]
@@ -67,6 +68,31 @@ def check(pair: ModelPair, request: ScoreRequest, scored: Scored) -> None:
         torch.testing.assert_close(seen, mixed.logsumexp(-1), rtol=1e-4, atol=2e-4)
         if a in (0, -1) and temperature == 1:
             assert not seen.any()
+    check_top(request, scored, after, before)
+
+
+def check_top(
+    request: ScoreRequest, scored: Scored, after: torch.Tensor, before: torch.Tensor
+) -> None:
+    assert [len(row) for row in scored.at] == [len(request.grid)] * len(after)
+    assert (scored.top is not None) is (request.top > 0)
+    for k, a in enumerate(request.grid):
+        wanted = (((1 + a) * after - a * before) / request.temperature).log_softmax(-1)
+        for t, token in enumerate(request.continuation_ids):
+            assert scored.at[t][k] == pytest.approx(float(wanted[t, token]), abs=2e-4)
+            if a in (0, -1) and request.temperature == 1:
+                assert scored.at[t][k] == (scored.before if a else scored.after)[t]
+            if scored.top is None:
+                continue
+            best = scored.top[t][k]
+            assert len(best) == request.top
+            # That very number: whoever looks for the greedy token compares for equality.
+            assert dict(best).get(token, scored.at[t][k]) == scored.at[t][k]
+            ids, values = zip(*best, strict=True)
+            found = torch.tensor(values, dtype=torch.float64)
+            torch.testing.assert_close(found, wanted[t][list(ids)], rtol=0, atol=2e-4)
+            likeliest = wanted[t].topk(request.top).values
+            torch.testing.assert_close(found, likeliest, rtol=0, atol=2e-4)
 
 
 def lora() -> ModelPair:
@@ -362,3 +388,43 @@ def test_a_self_pair_scores_alike() -> None:
     (scored,) = Engine(pair).score([ScoreRequest((5,), (6, 7), GRID)])
     assert scored.after == scored.before
     assert max(abs(z) for row in scored.normalisers for z in row) < 1e-5
+
+
+def test_the_likeliest_tokens_of_ties_and_of_tokens_that_a_model_rules_out() -> None:
+    """Equal ones by their id, beside a row without, and not among the likeliest of a mixture."""
+    pair = random_pair()
+    with torch.no_grad():
+        for model in (pair.after, pair.before):
+            head = model.get_output_embeddings().weight
+            head[100:130] = head[100]
+            head[100:130] *= 40.0
+    asked = [
+        ScoreRequest((5, 6 + i), (100, 7, 9), grid=(0.0, 2.0), top=(0, 5, 20)[i % 3])
+        for i in range(9)
+    ]
+    engine = Engine(pair)
+    tied = 0
+    for request, scored in zip(asked, engine.score(asked), strict=True):
+        check(pair, request, scored)
+        for row in scored.top or []:
+            for best in row:
+                tied += best[0][0] == 100
+                assert sorted(best, key=lambda x: (-x[1], x[0])) == best
+                if best[0][0] == 100:
+                    assert [i for i, _ in best] == list(range(100, 100 + request.top))
+    assert tied > 0
+    original = engine._pair.score
+
+    def ruled_out(*args: Any) -> Any:
+        for after, before in original(*args):
+            before[:, 200] = -torch.inf
+            after[:, 200] = 60.0
+            yield after, before
+
+    engine._pair.score = ruled_out  # type: ignore[method-assign]
+    (scored,) = engine.score([ScoreRequest((5, 6), (200, 8), grid=(0.0, -1.0, 2.0), top=4)])
+    assert scored.top is not None and scored.error is None
+    for row in scored.top:
+        assert row[0][0][0] == 200
+        assert 200 not in [i for best in row[1:] for i, _ in best]
+    assert scored.at[0][1:] == [-1e30, -1e30]

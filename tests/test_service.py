@@ -432,3 +432,135 @@ def test_a_taken_port_is_a_clear_error(service: LocalService, tmp_path: Any) -> 
     with pytest.raises(ServiceError, match=f"port {port} on 127.0.0.1 is taken"):
         with local_service(ROOT / "serve_config.yaml", port=port, log=tmp_path / "log"):
             raise AssertionError("started")
+
+
+# -- while it comes ------------------------------------------------------------------------
+
+
+def events(answer: httpx.Response) -> Iterator[tuple[str, Any]]:
+    """(name, data) of each event, [DONE] as it is."""
+    name = "message"
+    for line in answer.iter_lines():
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            data = line.removeprefix("data: ")
+            yield name, data if data == "[DONE]" else json.loads(data)
+
+
+def test_a_stream_of_several_alphas_is_their_completions(
+    client: httpx.Client, service: LocalService, tiny_pair: ModelPair
+) -> None:
+    alphas = [-1.0, 0.0, 2.0]
+    body = {"prompt": "What is 4 plus 3?", "prompt_format": "alpaca", "seed": 9, "n": 2, "kl": True}
+    body |= {"max_new_tokens": 24, "top_logprobs": 2, "alphas": alphas}
+    with client.stream("POST", "/stream", json=body) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        *pieces, (name, done) = events(answer)
+    assert (name, done) == ("message", "[DONE]")
+    # Side by side, not one after the other.
+    order = [piece["alpha"] for _, piece in pieces]
+    assert all(order.index(a) < len(order) / 2 for a in alphas)
+    for alpha in alphas:
+        for i in range(2):
+            mine = [p for _, p in pieces if (p["alpha"], p["index"]) == (alpha, i)]
+            last = mine[-1]["completion"]
+            assert (
+                last["seed"] == 9 + i
+                and [p["completion"] for p in mine[:-1]].count(None) == len(mine) - 1
+            )
+            assert "".join(p["text"] for p in mine) == last["text"]
+            ids = [token for p in mine for token in p["token_ids"]]
+            settings = {"alpha": alpha, "seed": 9 + i, "max_new_tokens": 24}
+            assert ids == expected_ids(tiny_pair, {"prompt": body["prompt"], **settings})
+            assert [x for p in mine for x in p["kl"]] == last["kl"] and len(last["kl"]) == len(ids)
+            for best in last["top_logprobs"]:
+                assert len(best) == 2 and best[0][1] >= best[1][1]
+
+
+def test_the_first_piece_is_there_before_the_rest(client: httpx.Client) -> None:
+    body = {"prompt": "Hi", "max_new_tokens": 400, "ignore_eos": True, "alphas": [0, 1]}
+    waits, lengths = [], []
+    for _ in range(3):
+        start = time.monotonic()
+        with client.stream("POST", "/stream", json=body) as answer:
+            found = events(answer)
+            next(found)
+            waits.append(time.monotonic() - start)
+            assert list(found)[-1] == ("message", "[DONE]")
+        lengths.append(time.monotonic() - start)
+    print("first piece after", waits, "of", lengths)
+    assert min(waits) < 0.3 and min(waits) < min(lengths) / 2
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"alphas": [0, 51]}, "alphas[1]"),
+        ({"alphas": [0] * 2}, "alphas"),
+        ({"alpha": 51}, "alpha"),
+        ({"n": 257}, "n"),
+        ({"max_new_tokens": 500}, "prompt"),
+        ({"aplhas": [0]}, "aplhas"),
+        ({"prompt": None, "prompt_ids": [768]}, "prompt_ids"),
+    ],
+)
+def test_a_stream_that_is_refused_is_an_answer_with_a_status(
+    client: httpx.Client, change: dict[str, Any], param: str
+) -> None:
+    answer = client.post("/stream", json={"prompt": "word " * 30, **change})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] in (param, "max_new_tokens")
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_a_client_that_leaves_a_stream_frees_its_rows(client: httpx.Client) -> None:
+    """As above, but each has read its first piece."""
+    big = {"prompt": "Hi", "n": 64, "max_new_tokens": 480, "ignore_eos": True, "alphas": [1, 2]}
+
+    def leave() -> None:
+        with client.stream("POST", "/stream", json=big) as answer:
+            assert next(events(answer))
+
+    with ThreadPoolExecutor(4) as pool:
+        for leaving in [pool.submit(leave) for _ in range(4)]:
+            leaving.result()
+    start = time.monotonic()
+    for i in range(4):
+        assert client.post("/generate_lda", json=question(i)).status_code == 200
+    assert time.monotonic() - start < 5
+
+
+def test_the_handle_streams_and_a_replicas_death_ends_it_in_an_error(
+    service: LocalService, tiny_pair: ModelPair
+) -> None:
+    """Never in an end that looks like one; the streams of the other replica are whole."""
+    body = {**question(2), "prompt_format": "alpaca", "ignore_eos": True, "max_new_tokens": 470}
+    answer = by_handle(
+        service,
+        f"""
+        streaming = handle.options(stream=True)
+        streams = [streaming.stream.remote({body!r}) for _ in range(8)]
+        ids = [[t for p in next(stream) for t in p.token_ids] for stream in streams]
+        names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)]
+        replica = next(n for n in names if "LDAReplica" in n)
+        ray.kill(ray.get_actor(replica, namespace="serve"))
+        answer = []
+        for found, stream in zip(ids, streams):
+            done, error = 0, None
+            try:
+                for pieces in stream:
+                    found += [t for p in pieces for t in p.token_ids]
+                    done += any(p.completion for p in pieces)
+            except Exception as raised:
+                error = type(getattr(raised, "cause", raised)).__name__
+            answer.append([found, done, error])
+        """,
+    )
+    plain = {k: v for k, v in body.items() if k != "prompt_format"}
+    whole = expected_ids(tiny_pair, plain)
+    for ids, done, error in answer:
+        assert (ids == whole) if done else (len(ids) < len(whole) and ids == whole[: len(ids)])
+        assert (done, error) == (1, None) or (done == 0 and error == "ReplicaDied")
+    assert {done for _, done, _ in answer} == {0, 1}

@@ -75,7 +75,7 @@ DOORS = (
         "plan",
         "lda_core.plan",
         "Will a pair fit, and how many rows with it?",
-        "serve_config.a40.yaml --gpu-gib 45",
+        "--config serve_config.a40.yaml --gpu-gib 45",
     ),
     Door(
         "train-organism",

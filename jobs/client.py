@@ -38,6 +38,7 @@ from deployments.schemas import (
     GenerateRequest,
     InvalidRequest,
     PairInfo,
+    Piece,
     Scored,
     ScoreRequest,
     parse,
@@ -45,7 +46,7 @@ from deployments.schemas import (
 from jobs.client_capture import Activations
 from jobs.client_progress import progress_bar
 from jobs.client_rows import GeneratedRow, Rows, failed_rows
-from jobs.client_transport import HttpTransport, Piece, Transport, Unanswered
+from jobs.client_transport import HttpTransport, Transport, Unanswered
 from jobs.errors import Refused
 from jobs.prompts import Prompt
 

@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 from deployments.resend import unwrapped
-from deployments.schemas import InvalidRequest, PairInfo
+from deployments.schemas import InvalidRequest, PairInfo, Piece
 from jobs.call import Caller, NoAnswer, one_line
 from jobs.client_capture import from_tensors
-from jobs.client_transport import Piece, Unanswered
+from jobs.client_transport import Unanswered
 from jobs.dispatch import RayService
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class HandleTransport:
                 if piece is _END:
                     going -= 1
                 else:
-                    yield Piece.model_validate(piece.model_dump())
+                    yield piece
         finally:
             if going:
                 for answer in answers:

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import httpx
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from deployments.schemas import Completion, InvalidRequest, PairInfo, Scored, TokenLogprobs
+from deployments.schemas import Completion, InvalidRequest, PairInfo, Piece, Scored
 from jobs.client_capture import from_lists
 from jobs.errors import Refused
 
@@ -38,22 +38,6 @@ _ANSWERS: dict[str, TypeAdapter[Any]] = {
 
 class Unanswered(Exception):
     """No answer came, in all tries; the message is the last one's."""
-
-
-class Piece(BaseModel):
-    """What came of one sample of a stream since its last piece. The texts of all of them are its
-    completion's; the last one has the `completion`. Lists are of the new tokens."""
-
-    model_config = ConfigDict(frozen=True)
-
-    index: int
-    alpha: float
-    text: str
-    token_ids: list[int]
-    logprobs: TokenLogprobs | None = None
-    top_logprobs: list[list[tuple[int, float]]] | None = None
-    kl: list[float] | None = None
-    completion: Completion | None = None
 
 
 class Transport(Protocol):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,11 @@ def test_a_doors_help_is_the_jobs_own_and_its_example_is_understood(door: Any) -
     assert f"for instance: lda {door.name} {door.example}" in done.output
     shown = done.output.partition("\n")[2]
     assert "usage:" in shown
-    for word in door.example.split():
+    words = shlex.split(door.example)
+    for word in words:
         assert not word.startswith("--") or word in shown, word
+    if parser := getattr(import_module(door.module), "parser", None):
+        parser().parse_args(words)  # exits where it does not understand
 
 
 def test_a_jobs_arguments_and_exit_status_pass_unchanged(

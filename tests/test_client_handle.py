@@ -18,10 +18,10 @@ from deployments.schemas import (
     Completion,
     GenerateRequest,
     InvalidRequest,
+    Piece,
     ReplicaUnavailable,
 )
 from jobs.client import AsyncLDAClient, LDAClient, Unanswered
-from jobs.client_transport import Piece
 from lda_core import PairConfig
 
 

@@ -50,11 +50,35 @@ def test_over_http(service: LocalService) -> None:
         assert long.failed and "tokens" in str(long.error)
 
 
+def test_a_stream_is_what_is_generated(service: LocalService) -> None:
+    asked: dict[str, Any] = {"n": 2, "seed": 7, "max_new_tokens": 12}
+    with LDAClient(service.url) as lda:
+        pieces = list(lda.stream("What is 2 plus 3?", alpha=[0, 2], **asked, kl=True))
+        rows = lda.generate("What is 2 plus 3?", alpha=[0, 2], **asked, kl=True)
+        for row in rows:
+            of = [p for p in pieces if (p.alpha, p.index) == (row.alpha, row.sample)]
+            assert "".join(p.text for p in of) == row.completion and len(of) > 1
+            assert [id for p in of for id in p.token_ids] == row.token_ids
+            assert of[-1].completion is not None and of[-1].completion.seed == row.seed
+            assert row.kl is not None and len(row.kl) == len(row.token_ids)
+        left = lda.stream("Hi", max_new_tokens=400, ignore_eos=True)
+        next(left)
+        left.close()
+        with pytest.raises(InvalidRequest, match="alphas.*between"):
+            next(lda.stream("Hi", alpha=[0, 99]))
+
+
 def test_by_handle_it_is_the_same(service: LocalService) -> None:
     code = """
 from jobs.client import LDAClient
 with LDAClient.in_cluster() as lda:
-    rows = lda.generate(["What is 2 plus 3?"], alpha=[0, 2], n=2, seed=7, max_new_tokens=12)
+    asked = {"alpha": [0, 2], "n": 2, "seed": 7, "max_new_tokens": 12}
+    rows = lda.generate(["What is 2 plus 3?"], **asked)
+    texts = {}
+    for piece in lda.stream("What is 2 plus 3?", **asked):
+        key = piece.alpha, piece.index
+        texts[key] = texts.get(key, "") + piece.text
+    assert texts == {(row.alpha, row.sample): row.completion for row in rows}, texts
     print("ANSWER", [row.completion for row in rows])
 """
     done = subprocess.run(

@@ -12,6 +12,7 @@ from deployments.schemas import InvalidRequest
 DEFAULT = "lda"
 _ALPHA = "alpha="
 _FIXED = {"after": 0.0, "before": -1.0}
+ALONE = frozenset(_FIXED)  # names without a pair in front
 _DEFAULT_ALPHA = 1.0
 
 

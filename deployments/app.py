@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.ingress import Ingress
-from deployments.model_names import ALONE, DEFAULT
+from deployments.model_names import ALONE, DEFAULT, replica_deployment
 from deployments.replica import LDAReplica
 from deployments.schemas import Limits
 from lda_core import EngineConfig, PairConfig
@@ -68,7 +68,7 @@ class AppArgs(BaseModel):
 
 # What these numbers must respect is said in serve_config.a40.yaml; a config file overrides them.
 _Replica = serve.deployment(
-    name="LDAReplica",
+    name=replica_deployment(None),
     max_ongoing_requests=128,
     max_queued_requests=2048,
     health_check_period_s=5.0,
@@ -92,10 +92,10 @@ def build_app(args: AppArgs) -> Application:
     """
 
     def replicas(name: str, one: OnePair) -> Application:
-        deployment = _Replica
-        if args.pairs is not None:
-            deployment = _Replica.options(name=f"{_Replica.name}-{name}")
-        return deployment.bind(one.pair, one.engine, args.stuck_after_s, one.traits)
+        deployment = replica_deployment(None if args.pairs is None else name)
+        return _Replica.options(name=deployment).bind(
+            one.pair, one.engine, args.stuck_after_s, one.traits
+        )
 
     return _Ingress.bind(
         {name: replicas(name, one) for name, one in args.resident.items()}, args.limits

@@ -202,7 +202,7 @@ def test_the_docs_page_loads_nothing_from_elsewhere(client: httpx.Client) -> Non
         ("/generate_lda", '{"prompt": "SECRET", "n": 257}', "n"),
         ("/generate_lda", '{"prompt": "SECRET", "max_new_tokens": 0}', "max_new_tokens"),
         ("/generate_lda", '{"prompt": "SECRET", "max_new_tokens": 500}', "max_new_tokens"),
-        ("/generate_lda", '{"prompt": "SECRET", "prompt_format": "chat"}', "prompt_format"),
+        ("/generate_lda", '{"prompt": "SECRET </s>", "prompt_format": "chat"}', "prompt"),
         ("/generate_lda", '{"prompt": "SECRET", "top_k": 1000000000000000000000}', "top_k"),
         ("/generate_lda", '{"prompt": "SECRET", "seed": 9223372036854775807, "n": 2}', None),
         ("/generate_lda", '{"prompt": ""}', "prompt"),

@@ -1,10 +1,10 @@
 #!/bin/bash
-# Runs a recipe against the shipped service: docs/recipes/run.sh openai|inspect|lm_eval
+# Runs a recipe against the shipped service: run.sh openai|inspect|lm_eval|schemathesis
 #
 # In the repository's root, with the project's own `python` first on the PATH (or PYTHON=...). The
 # tool gets an environment of its own, $RECIPE_ENVS/NAME (default: .recipes/NAME), made once. The
 # service is `serve run serve_config.yaml` on a free port; LDA_URL=... takes one that runs already.
-# Afterwards the tool's results are compared with the same computed in this process, without a
+# Afterwards the results are checked: compared with the same computed in this process, without a
 # service.
 set -euo pipefail
 name=$1

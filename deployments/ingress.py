@@ -10,7 +10,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Response
 from fastapi_offline import FastAPIOffline
@@ -34,7 +34,8 @@ from deployments.plain_api import (
     SideBySideResponse,
     TokenizerCompatibility,
 )
-from deployments.resend import ask, ask_each, ask_once, together
+from deployments.resend import together
+from deployments.resident_pairs import READY_TIMEOUT_S, ResidentPairs, with_seed
 from deployments.schemas import (
     Captured,
     CaptureRequest,
@@ -43,6 +44,7 @@ from deployments.schemas import (
     InvalidRequest,
     Limits,
     PairInfo,
+    PairInfos,
     Piece,
     Scored,
     ScoreRequest,
@@ -50,10 +52,6 @@ from deployments.schemas import (
     parse,
 )
 from deployments.sse import DONE, Begun, EventStream, error_event, event, merged
-
-_READY_TIMEOUT_S = 5.0
-
-RequestT = TypeVar("RequestT", bound=GenerateRequest)
 
 # The pages under /docs come from this server, not from a CDN.
 app = FastAPIOffline(
@@ -83,24 +81,21 @@ async def piece_events(pieces: AsyncIterator[list[Piece]]) -> AsyncGenerator[str
         yield error_event(error)
 
 
-def with_seed(request: RequestT) -> RequestT:
-    if request.seed is not None:
-        return request
-    return request.model_copy(update={"seed": secrets.randbelow(2**53)})
-
-
 # Serve copies the app here, with the functions and globals that exist by now: whatever the
 # routes call must stand above.
 @serve.ingress(app)
 class Ingress(openai_routes.OpenAIRoutes):
     def __init__(
-        self, replica: DeploymentHandle, limits: Limits, results: str | None = None
+        self,
+        replicas: Mapping[str, DeploymentHandle],
+        limits: Limits,
+        results: str | None = None,
     ) -> None:
-        """`results`: the folder whose finished runs the page shows."""
-        self._replica = replica
+        """`replicas`: of each pair, by its name; `results`: the folder whose finished runs the page
+        shows."""
+        self._pairs = ResidentPairs(replicas, limits)
         self._limits = limits
         self.results = None if results is None else Path(results)
-        self._info: PairInfo | None = None
 
     # -- by handle ---------------------------------------------------------------------
 
@@ -112,10 +107,7 @@ class Ingress(openai_routes.OpenAIRoutes):
         """
         if not isinstance(request, GenerateRequest):
             request = parse(GenerateRequest, request)
-        self._limits.check(request)
-        request = with_seed(request)
-        done: list[Completion] = await ask(lambda: self._replica.generate.remote(request))
-        return done
+        return await self._pairs.of(request.pair).generate(request)
 
     async def stream(
         self, request: GenerateRequest | Mapping[str, Any]
@@ -127,11 +119,7 @@ class Ingress(openai_routes.OpenAIRoutes):
         """
         if not isinstance(request, GenerateRequest):
             request = parse(GenerateRequest, request)
-        self._limits.check(request)
-        request = with_seed(request)
-        replica = self._replica.options(stream=True)
-        # Closed at once when this is, and not when it is collected: its rows must leave.
-        async with aclosing(ask_each(lambda: replica.stream.remote(request))) as pieces:
+        async with aclosing(self._pairs.of(request.pair).stream(request)) as pieces:
             async for piece in pieces:
                 yield piece
 
@@ -139,33 +127,17 @@ class Ingress(openai_routes.OpenAIRoutes):
         """How likely each continuation of a prompt is; raises as `generate` does."""
         if not isinstance(request, ScoreRequest):
             request = parse(ScoreRequest, request)
-        self._limits.check(request)
-        scored: list[Scored] = await ask(lambda: self._replica.score.remote(request))
-        return scored
+        return await self._pairs.of(request.pair).score(request)
 
     async def capture(self, request: CaptureRequest | Mapping[str, Any]) -> list[Captured]:
         """What both models hold at every token of each completion; raises as `generate` does."""
         if not isinstance(request, CaptureRequest):
             request = parse(CaptureRequest, request)
-        return await self._captured(request, None)
+        return await self._pairs.of(request.pair).capture(request)
 
-    async def _captured(self, request: CaptureRequest, most_numbers: int | None) -> list[Captured]:
-        """How many numbers it would be the replica can tell: it counts the tokens."""
-        self._limits.check(request)
-        captured: list[Captured] = await ask(
-            lambda: self._replica.capture.remote(request, most_numbers)
-        )
-        return captured
-
-    async def describe(self) -> PairInfo:
-        """What the resident pair is; asks a replica, so it fails if none can answer."""
-        info: PairInfo = await ask_once(self._replica.describe.remote())
-        self._info = info
-        return info
-
-    async def _models(self) -> dict[str, str]:
-        info = self._info or await self.describe()
-        return {"model_after": info.after, "model_before": info.before}
+    async def describe(self, pair: str | None = None) -> PairInfo:
+        """What a resident pair is; asks a replica, so it fails if none can answer."""
+        return await self._pairs.of(pair).describe()
 
     # -- over HTTP: the plain LDA server's endpoints -------------------------------------
 
@@ -173,7 +145,7 @@ class Ingress(openai_routes.OpenAIRoutes):
     async def generate_lda(self, body: LDARequest) -> LDAResponse:
         """Samples of one prompt from `after + alpha * (after - before)`."""
         done = require_good(await self.generate(body.request()))
-        models = await self._models()
+        models = await self._pairs.of(body.pair).models()
         return LDAResponse(
             **LDAResult.result_fields(body.prompt, done, body.max_new_tokens),
             model_after=models["model_after"],
@@ -209,7 +181,10 @@ class Ingress(openai_routes.OpenAIRoutes):
 
         results = await together(*map(one, body.prompts, requests))
         return LDABatchResponse(
-            results=results, alpha=body.alpha, batch_size=len(results), **await self._models()
+            results=results,
+            alpha=body.alpha,
+            batch_size=len(results),
+            **await self._pairs.of(body.pair).models(),
         )
 
     @app.post("/generate")
@@ -219,7 +194,7 @@ class Ingress(openai_routes.OpenAIRoutes):
         after, before = await together(
             self.generate(request), self.generate(request.model_copy(update={"alpha": -1.0}))
         )
-        models = await self._models()
+        models = await self._pairs.of(body.pair).models()
         answers = [
             ModelAnswer(
                 model_id=models[role],
@@ -270,15 +245,16 @@ class Ingress(openai_routes.OpenAIRoutes):
         """Projections of both models' residual streams on given directions, at every token of a
         prompt and its completions."""
         require_scores_only(body)
-        captured = await self._captured(body, self._limits.max_capture_numbers)
+        pair = self._pairs.of(body.pair)
+        captured = await pair.capture(body, self._limits.max_capture_numbers)
         # Numbers may be many: others are answered meanwhile.
         content = await asyncio.to_thread(as_json, captured)
         return Response(content, media_type="application/json")
 
     @app.get("/tokenizer_compatibility")
-    async def tokenizer_compatibility(self) -> TokenizerCompatibility:
+    async def tokenizer_compatibility(self, pair: str | None = None) -> TokenizerCompatibility:
         """A service that is up has compatible tokenizers: others are refused at start."""
-        info = await self.describe()
+        info = await self.describe(pair)
         return TokenizerCompatibility(
             compatible=True,
             vocab_size_1=info.tokenizer_size_after,
@@ -295,10 +271,13 @@ class Ingress(openai_routes.OpenAIRoutes):
         return {"status": "ok"}
 
     @app.get("/ready")
-    async def ready(self) -> PairInfo:
-        """200 with the pair once a replica answers, else 503."""
-        async with asyncio.timeout(_READY_TIMEOUT_S):
-            return await self.describe()
+    async def ready(self, pair: str | None = None) -> PairInfo | PairInfos:
+        """200 with the pair once a replica answers, else 503. Of several pairs with all of them
+        (or the one that is asked for), once of each a replica answers; else it says which."""
+        if pair is not None or len(self._pairs.names) == 1:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                return await self.describe(pair)
+        return PairInfos(pairs=await self._pairs.describe())
 
     @app.get("/version")
     async def version(self) -> dict[str, str]:

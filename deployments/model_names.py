@@ -12,7 +12,13 @@ from deployments.schemas import InvalidRequest
 DEFAULT = "lda"
 _ALPHA = "alpha="
 _FIXED = {"after": 0.0, "before": -1.0}
+ALONE = frozenset(_FIXED)  # names without a pair in front
 _DEFAULT_ALPHA = 1.0
+
+
+def replica_deployment(pair: str | None) -> str:
+    """What Serve calls the replicas of a pair: None, the only one of an application."""
+    return "LDAReplica" if pair is None else f"LDAReplica-{pair}"
 
 
 class Named(NamedTuple):

@@ -1,7 +1,7 @@
 """The OpenAI API's routes; a part of the ingress."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,15 +11,7 @@ from deployments import model_names
 from deployments.metrics_routes import MetricsRoutes
 from deployments.openai_words import ChatRequest, CompletionRequest
 from deployments.openai_work import Work
-from deployments.schemas import (
-    Completion,
-    GenerateRequest,
-    Limits,
-    PairInfo,
-    Piece,
-    Scored,
-    ScoreRequest,
-)
+from deployments.schemas import PairInfo
 from deployments.tokenizer_routes import TokenizerRoutes
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -35,34 +27,23 @@ _ANSWERS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter()
 _SINCE = int(time.time())
+_SAID_OF_PAIRS = {"after", "before", "adapter"}
 
 
 class OpenAIRoutes(TokenizerRoutes, MetricsRoutes):
-    _limits: Limits
-
-    async def generate(self, request: GenerateRequest) -> list[Completion]:
-        raise NotImplementedError
-
-    def stream(self, request: GenerateRequest) -> AsyncGenerator[list[Piece], None]:
-        raise NotImplementedError
-
-    async def score(self, request: ScoreRequest) -> list[Scored]:
-        raise NotImplementedError
-
-    async def describe(self) -> PairInfo:
-        raise NotImplementedError
-
     @router.get("/v1/models")
     async def models(self) -> dict[str, Any]:
-        """Names to put into `model`; `lda:alpha=A` is the amplified model at any other alpha."""
-        info = await self.describe()
-        return {"object": "list", "data": [_card(name, info) for name in model_names.names()]}
+        """Names to put into `model`, and under `lda` what each is; `lda:alpha=A` (of a pair with a
+        name of its own `NAME:alpha=A`) is the amplified model at any other alpha."""
+        infos = await self._pairs.describe()
+        names = model_names.names(list(infos))
+        return {"object": "list", "data": [_card(name, infos) for name in names]}
 
     @router.get("/v1/models/{model}")
     async def model(self, model: str) -> dict[str, Any]:
         """One of them."""
-        model_names.resolve(model, None)
-        return _card(model, await self.describe())
+        pair = model_names.resolve(model, None, self._pairs.names).pair
+        return _card(model, {pair: await self._pairs.of(pair).describe()})
 
     @router.post("/v1/completions", response_class=Response, responses=_ANSWERS)
     async def completions(self, body: CompletionRequest) -> Response:
@@ -75,15 +56,21 @@ class OpenAIRoutes(TokenizerRoutes, MetricsRoutes):
         return await self._worked(body)
 
     async def _worked(self, body: CompletionRequest | ChatRequest) -> Response:
-        work = Work(self, self._limits, body)
+        names = self._pairs.names
+        pair = model_names.resolve(body.model, body.alpha, names).pair
+        work = Work(self._pairs.of(pair), self._limits, body, names)
         return await work.stream() if body.stream else JSONResponse(await work.answer())
 
 
-def _card(name: str, info: PairInfo) -> dict[str, Any]:
+def _card(name: str, infos: Mapping[str, PairInfo]) -> dict[str, Any]:
+    """`infos`: by pair, at least that of the model."""
+    pair, alpha = model_names.resolve(name, None, list(infos))
+    info = infos[pair]
     return {
         "id": name,
         "object": "model",
         "created": _SINCE,
         "owned_by": "lda-serve",
         "max_model_len": info.context_length,
+        "lda": {"pair": pair, "alpha": alpha, **info.model_dump(include=_SAID_OF_PAIRS)},
     }

@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,7 +43,7 @@ from deployments.tokenizer_words import ReadPrompt, ReadRequest, Vocabulary
 
 
 class Service(Protocol):
-    """What of the ingress is needed here."""
+    """What of a resident pair is needed here."""
 
     async def generate(self, request: GenerateRequest) -> list[Completion]: ...
 
@@ -72,10 +72,17 @@ class Opening:
 
 
 class Work:
-    """One body. Raises InvalidRequest, naming fields as the body does, also while working."""
+    """One body. Raises InvalidRequest, naming fields as the body does, also while working.
+
+    `service` is the pair that the body's model names among `pairs`.
+    """
 
     def __init__(
-        self, service: Service, limits: Limits, body: CompletionRequest | ChatRequest
+        self,
+        service: Service,
+        limits: Limits,
+        body: CompletionRequest | ChatRequest,
+        pairs: Sequence[str] = (model_names.DEFAULT,),
     ) -> None:
         body.check()
         self._service, self._limits, self._body = service, limits, body
@@ -87,7 +94,7 @@ class Work:
             self._top = (body.top_logprobs or 0) if body.logprobs else None
         else:
             self._top = body.logprobs
-        self._alpha = model_names.resolve(body.model, body.alpha).alpha
+        self._alpha = model_names.resolve(body.model, body.alpha, pairs).alpha
         self._prompts = body.prompts
         if len(self._prompts) > self._limits.max_batch_prompts:
             most = self._limits.max_batch_prompts

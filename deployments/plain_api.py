@@ -15,6 +15,7 @@ from deployments.schemas import (
     Finite,
     GenerateRequest,
     InvalidRequest,
+    PairName,
     PromptFormat,
     Seed,
     Stops,
@@ -46,6 +47,7 @@ class _Decoding(Wire):
     seed: Seed | None = None
     stop: Stops = []
     logprobs: bool = False
+    pair: PairName = None
 
     def _request(self, prompt: str, alpha: float, ignore_eos: bool, n: int = 1) -> GenerateRequest:
         form, template = self.prompt_format, self.apply_chat_template
@@ -71,6 +73,7 @@ class _Decoding(Wire):
                 "stop": self.stop,
                 "ignore_eos": ignore_eos,
                 "logprobs": self.logprobs,
+                "pair": self.pair,
             },
         )
 

@@ -61,6 +61,10 @@ class ReplicaUnavailable(RuntimeError):
     """The replica cannot answer now; another one, or the same later, can."""
 
 
+class PairsUnavailable(ReplicaUnavailable):
+    """Some of several pairs do not answer; the message says which."""
+
+
 def _finite(value: object) -> object:
     """Refuses what JSON and Python let through as a number but no sampler can use."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -105,6 +109,10 @@ Models = Literal["after", "before", "both"]
 Grid = Annotated[
     list[Finite],
     Field(max_length=MAX_GRID, description="alphas whose densities are recorded at every token"),
+]
+PairName = Annotated[
+    Text | None,
+    Field(description="of a service with several pairs; default: the only one, or lda"),
 ]
 Stops = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
@@ -217,6 +225,7 @@ class GenerateRequest(Wire):
         Field(ge=0, description="no EOS is drawn and no stop string counts before so many tokens"),
     ] = 0
     kl: bool = Field(False, description="KL(after||before) at every step")
+    pair: PairName = None
 
     @model_validator(mode="after")
     def _grid_needs_chance(self) -> Self:
@@ -412,6 +421,7 @@ class ScoreRequest(Wire):
             description="so many of the likeliest tokens at every place, under every alpha",
         ),
     ] = 0
+    pair: PairName = None
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
@@ -466,6 +476,7 @@ class CaptureRequest(Wire):
     ] = None
     raw: bool = Field(False, description="the residual streams themselves")
     mean: bool = Field(False, description="their mean over the completion's tokens")
+    pair: PairName = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -517,6 +528,12 @@ class PairInfo(Wire):
     notices: list[str]
     versions: dict[str, str]
     commit: str | None
+
+
+class PairInfos(Wire):
+    """What each of several pairs is, by its name."""
+
+    pairs: dict[str, PairInfo]
 
 
 class Limits(BaseModel):

@@ -3,46 +3,34 @@
 from typing import Any
 
 from fastapi import APIRouter
-from ray.serve.handle import DeploymentHandle
 
 from deployments import model_names
-from deployments.resend import ask
+from deployments.resident_pairs import ResidentPair, ResidentPairs
 from deployments.schemas import InvalidRequest, Limits
 from deployments.tokenizer_words import (
     DetokenizeAnswer,
     DetokenizeRequest,
-    ReadPrompt,
     ReadRequest,
     TokenizeAnswer,
     TokenizeRequest,
     TokenizerInfo,
-    Vocabulary,
 )
 
 router = APIRouter()
 
 
 class TokenizerRoutes:
-    _replica: DeploymentHandle
+    _pairs: ResidentPairs
     _limits: Limits
-    _vocabulary: Vocabulary | None = None
 
-    async def read(self, request: ReadRequest) -> ReadPrompt:
-        """A prompt as the models read it. Raises as `generate` does."""
-        read: ReadPrompt = await ask(lambda: self._replica.read.remote(request))
-        return read
-
-    async def vocabulary(self) -> Vocabulary:
-        """Asked for once."""
-        if self._vocabulary is None:
-            self._vocabulary = await ask(lambda: self._replica.vocabulary.remote())
-        assert self._vocabulary is not None
-        return self._vocabulary
+    def _named(self, model: str) -> ResidentPair:
+        """The pair of a model's name; raises InvalidRequest."""
+        return self._pairs.of(model_names.resolve(model, None, self._pairs.names).pair)
 
     @router.post("/tokenize")
     async def tokenize(self, body: TokenizeRequest) -> TokenizeAnswer:
         """A prompt, or messages, in tokens."""
-        model_names.resolve(body.model, None)
+        pair = self._named(body.model)
         texts = [body.prompt or "", *(message.content for message in body.messages or [])]
         if (chars := sum(map(len, texts))) > self._limits.max_prompt_chars:
             raise InvalidRequest(
@@ -53,14 +41,14 @@ class TokenizerRoutes:
         wanted: dict[str, Any] = {"prompt": body.prompt or "a", "messages": None}
         if body.messages is not None:
             wanted = {"messages": body.messages}
-        read = await self.read(
+        read = await pair.read(
             ReadRequest(
                 **wanted,
                 add_special_tokens=body.add_special_tokens is not False,
                 allow_special_tokens=body.allow_special_tokens,
             )
         )
-        vocabulary, tokens = await self.vocabulary(), read.token_ids
+        vocabulary, tokens = await pair.vocabulary(), read.token_ids
         if body.prompt == "":
             first = tokens[:1]
             tokens = first if first and first[0] == vocabulary.bos_token_id else []
@@ -74,7 +62,7 @@ class TokenizerRoutes:
     @router.post("/detokenize")
     async def detokenize(self, body: DetokenizeRequest) -> DetokenizeAnswer:
         """Tokens as text, special ones as they are written."""
-        model_names.resolve(body.model, None)
+        pair = self._named(body.model)
         tokens = body.tokens
         if len(tokens) > self._limits.max_prompt_chars:
             most = self._limits.max_prompt_chars
@@ -82,16 +70,16 @@ class TokenizerRoutes:
         if not tokens:
             return DetokenizeAnswer(prompt="")
         try:
-            text = (await self.read(ReadRequest(prompt_ids=tokens))).text
+            text = (await pair.read(ReadRequest(prompt_ids=tokens))).text
         except InvalidRequest as error:
             raise InvalidRequest("tokens", error.message, error.code) from None
-        vocabulary = await self.vocabulary()
+        vocabulary = await pair.vocabulary()
         if tokens[0] == vocabulary.bos_token_id:
             text = (vocabulary.bos_token or "") + text
         return DetokenizeAnswer(prompt=text)
 
     @router.get("/tokenizer_info")
-    async def tokenizer_info(self) -> TokenizerInfo:
-        vocabulary = await self.vocabulary()
+    async def tokenizer_info(self, model: str = model_names.DEFAULT) -> TokenizerInfo:
+        vocabulary = await self._named(model).vocabulary()
         fields = vocabulary.model_dump(exclude={"tokens"})
         return TokenizerInfo(**fields, vocab_size=len(vocabulary.tokens))

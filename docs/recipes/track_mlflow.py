@@ -1,0 +1,13 @@
+"""`python track_mlflow.py RUN`: a run's folder into MLflow (MLFLOW_TRACKING_URI says where)."""
+
+import json
+import sys
+from pathlib import Path
+
+import mlflow
+
+folder = Path(sys.argv[1])
+summary = json.loads((folder / "summary.json").read_text())
+with mlflow.start_run(run_name=folder.name):
+    mlflow.log_metrics({name.replace("=", " "): value for name, value in summary.items()})
+    mlflow.log_artifacts(str(folder))

@@ -8,6 +8,8 @@ import mlflow
 
 folder = Path(sys.argv[1])
 summary = json.loads((folder / "summary.json").read_text())
+summary = {name.replace("=", " "): value for name, value in summary.items()}  # no = in its names
 with mlflow.start_run(run_name=folder.name):
-    mlflow.log_metrics({name.replace("=", " "): value for name, value in summary.items()})
+    mlflow.log_metrics({k: v for k, v in summary.items() if not isinstance(v, str)})
+    mlflow.set_tags({k: v for k, v in summary.items() if isinstance(v, str)})  # the verdicts
     mlflow.log_artifacts(str(folder))

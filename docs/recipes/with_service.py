@@ -16,7 +16,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "serve.log"
         with local_service(ROOT / "serve_config.yaml", port=free_port(), log=log) as service:
-            env = {**os.environ, "LDA_URL": service.url}
+            ray = {name: value for name, value in service.env.items() if name.startswith("RAY_")}
+            env = {**os.environ, **ray, "LDA_URL": service.url}
             return subprocess.run(sys.argv[1:], env=env).returncode
 
 

@@ -1,0 +1,26 @@
+"""`python kuberay.py`: writes kuberay.yaml's serveConfigV2 from serve_config.a40.yaml."""
+
+from pathlib import Path
+
+HERE = Path(__file__).parent
+BEGIN, END = "  serveConfigV2: |\n", "  rayClusterConfig:\n"
+
+
+def applications() -> str:
+    """What stands below `http_options` there, indented as the manifest has it."""
+    config = (HERE.parents[1] / "serve_config.a40.yaml").read_text()
+    lines = config[config.index("applications:\n") :].splitlines()
+    return "".join(f"    {line}".rstrip() + "\n" for line in lines)
+
+
+def main() -> None:
+    manifest = HERE / "kuberay.yaml"
+    text = manifest.read_text()
+    before, rest = text.split(BEGIN)
+    options = rest[: rest.index("    applications:\n")]
+    after = rest[rest.index(END) :]
+    manifest.write_text(before + BEGIN + options + applications() + after)
+
+
+if __name__ == "__main__":
+    main()

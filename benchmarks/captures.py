@@ -54,12 +54,15 @@ IN_OPEN, IN_NONBLOCK = 0x20, 0o4000
 
 
 @contextmanager
-def own_service(folder: Path) -> Iterator[tuple[LocalService, float]]:
-    """The shipped config over a copy of the tiny pair, which nobody else opens; the seconds that
-    it took to become ready."""
+def own_service(folder: Path, replicas: int) -> Iterator[tuple[LocalService, float]]:
+    """The shipped config with so many replicas, over a copy of the tiny pair, which nobody else
+    opens; the seconds that it took to become ready."""
     shutil.copytree(TINY, folder / "pair")
     settings = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
-    pair = settings["applications"][0]["args"]["pair"]
+    (app,) = settings["applications"]
+    (replica,) = app["deployments"]
+    replica["num_replicas"] = replicas
+    pair = app["args"]["pair"]
     pair |= {role: str(folder / "pair" / role) for role in ("before", "after")}
     config = folder / "serve_config.yaml"
     config.write_text(yaml.safe_dump(settings))
@@ -314,9 +317,9 @@ def largest_error(folder: Path, night: Path) -> tuple[float, int]:
     return largest, texts
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def measure(folder: Path, replicas: int) -> dict[str, Any]:
     night = folder / "night"
-    with own_service(folder) as (service, service_start_s):
+    with own_service(folder, replicas) as (service, service_start_s):
         weights = sorted((folder / "pair").rglob("*.safetensors"))
         vectors_s = overnight(service, night, "vectors")
         opens, before = Opens(weights), replica_loads(service)
@@ -346,6 +349,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "night_speedup": round(old_s / night_s, 2),
         "extra_model_loads": max(extra, logged),
         **latency,
+        "replicas": replicas,
         **memory,
         "hidden_states_max_error": error,
         "night_cpu_speedup": round(old_cpu_s / night_cpu_s, 2),  # whatever else runs here
@@ -370,6 +374,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Captures beside one process for each prompt.")
     parser.add_argument("--keep-capturing", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--beside", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        default=1,
+        help="of the service; 1, because two that both capture want more than two cores",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.keep_capturing:
@@ -379,7 +389,7 @@ def main() -> None:
         print(json.dumps(beside_a_capture(args.beside)))
         return
     with tempfile.TemporaryDirectory(prefix="lda-captures-") as folder:
-        print(json.dumps(measure(Path(folder))))
+        print(json.dumps(measure(Path(folder), args.replicas)))
 
 
 if __name__ == "__main__":

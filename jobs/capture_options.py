@@ -6,7 +6,7 @@ from typing import Any
 
 from deployments.schemas import MAX_SEED
 from jobs.errors import Refused
-from jobs.options import number, real, whole
+from jobs.options import add_running, number, whole
 from organisms.trigger import TRIGGER
 
 # Of texts that are generated; None on the command line, so that --rows can tell them apart.
@@ -37,7 +37,12 @@ def parser() -> argparse.ArgumentParser:
     _add_texts(made)
     _add_captured(made)
     _add_generation(made)
-    _add_running(made)
+    add_running(
+        made,
+        out="rows.jsonl, captures/, manifest.json, summary.json and report.html",
+        in_flight=16,
+        each="texts under way per task (default: 16; what they capture is in memory until written)",
+    )
     return made
 
 
@@ -141,45 +146,6 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
         help=f"default: {PROMPT_FORMAT}; with --rows, as the earlier run's manifest says",
     )
     add("--system-prompt", metavar="TEXT", help="with alpaca or chat")
-
-
-def _add_running(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("how to run").add_argument
-    add(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="rows.jsonl, captures/, manifest.json, summary.json and report.html; absolute in a "
-        "Ray job",
-    )
-    add(
-        "--app",
-        default="lda",
-        metavar="NAME[:PAIR]",
-        help="Serve application, and the pair where it has several (default: lda)",
-    )
-    add(
-        "--tasks",
-        type=whole(1, 1024),
-        metavar="N",
-        help="remote tasks at a time, 0.1 CPU each (default: 2, or one for each replica of the "
-        "model if those are more)",
-    )
-    add(
-        "--in-flight",
-        type=whole(1, 1024),
-        default=16,
-        metavar="N",
-        help="texts under way per task (default: 16; what they capture is in memory until written)",
-    )
-    add(
-        "--timeout-s",
-        type=real(1, 86400),
-        default=600.0,
-        metavar="S",
-        help="for one request, its repeats after a lost replica included (default: 600)",
-    )
 
 
 def generation_of(args: argparse.Namespace) -> dict[str, Any]:

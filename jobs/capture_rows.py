@@ -8,10 +8,9 @@ gone.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -126,26 +125,6 @@ class Index:
                     ) from None
                 if row.config == self.config:
                     yield number, row
-
-
-class IndexWriter:
-    """Appends whole lines, unbuffered: what was appended survives the process."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
-
-    def append(self, rows: Iterable[CaptureRow]) -> None:
-        """Raises OSError (disk full, say); a half line left then is cut by the next run."""
-        data = memoryview(b"".join(row.to_line() for row in rows))
-        while data:
-            data = data[self._file.write(data) or 0 :]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._file:
-            os.fsync(self._file.fileno())
 
 
 class CaptureProgress(Progress):

@@ -21,6 +21,7 @@ from jobs.findings import Coherence, Count, Estimate, Method
 
 INCHES = (4.7, 3.5)  # small, so that its letters stay readable at a phone's width
 LOWEST = 1e-9  # of an axis of rates
+LEAST_DRIFT = 1e-4  # nats per token: the shortest axis of drifts; below it is rounding
 
 # Colours that nobody draws with, each replaced by a variable of the style sheet.
 INK, FAINT, PAPER = "#010203", "#010204", "#010205"
@@ -142,7 +143,9 @@ def coherence(points: Sequence[Coherence]) -> str | None:
                 textcoords="offset points",
                 fontsize=8.5,
             )
-        axes.set_xlim(0, 1.22 * max(point.x for _, point in found) or 1)
+        # An estimate of no drift is a little to either side of zero.
+        drifts = [point.x for _, point in found]
+        axes.set_xlim(1.22 * min(0, *drifts), 1.22 * max(LEAST_DRIFT, *drifts))
         return svg_of(figure, "Rate against drift")
 
 

@@ -220,14 +220,23 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     add("--system-prompt", metavar="TEXT", help="with alpaca or chat")
 
 
-def add_running(parser: argparse.ArgumentParser) -> None:
+def add_running(
+    parser: argparse.ArgumentParser,
+    *,
+    out: str = "manifest.json, rows.jsonl, summary.json and report.html",
+    required: bool = True,
+    in_flight: int = 64,
+    each: str = "requests under way per task, each of all samples of a prompt at an alpha "
+    "(default: 64, as many as a replica has slots in the default configuration)",
+) -> None:
+    """`out` and `each` are help: what a run leaves in its folder, and what is under way."""
     add = parser.add_argument_group("how to run").add_argument
     add(
         "--out",
         type=Path,
-        required=True,
+        required=required,
         metavar="DIR",
-        help="manifest.json, rows.jsonl, summary.json and report.html; absolute in a Ray job",
+        help=f"{out}; absolute in a Ray job",
     )
     add(
         "--app",
@@ -245,10 +254,9 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     add(
         "--in-flight",
         type=whole(1, 1024),
-        default=64,
+        default=in_flight,
         metavar="N",
-        help="requests under way per task, each of all samples of a prompt at an alpha "
-        "(default: 64, as many as a replica has slots in the default configuration)",
+        help=each,
     )
     add(
         "--timeout-s",

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -191,13 +191,19 @@ class RowFile:
         return set(values[counts > 1].tolist())
 
 
+class Line(Protocol):
+    """A row of any index."""
+
+    def to_line(self) -> bytes: ...
+
+
 class RowWriter:
     """Appends whole lines, unbuffered: what was appended survives the process."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)
 
-    def append(self, rows: Iterable[Row]) -> None:
+    def append(self, rows: Iterable[Line]) -> None:
         """Raises OSError (disk full, say); a half line left then is cut by the next run."""
         data = memoryview(b"".join(row.to_line() for row in rows))
         while data:

@@ -32,7 +32,7 @@ from deployments.schemas import MAX_SEED, PairInfo
 from jobs.contrast import ContrastSet, Text, read_contrasts
 from jobs.dispatch import RayService, Service, answered
 from jobs.errors import Refused, exit_status
-from jobs.options import out_folder, real, whole
+from jobs.options import add_running, out_folder, real, whole
 from jobs.probes import METHODS, SHUFFLES, Fitted, Method, fit, split
 from jobs.rates import percent
 from jobs.run_folder import MANIFEST, PAIR_IDENTITY, REPORT, SUMMARY, RunFolder, manifest
@@ -160,34 +160,12 @@ def parser() -> argparse.ArgumentParser:
         help="the response goes on where the prompt's form ends (default: alpaca)",
     )
     add("--system-prompt", metavar="TEXT", help="with alpaca or chat")
-    add = made.add_argument_group("how to run").add_argument
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="NAME.safetensors of each trait, manifest.json, summary.json and report.html; "
-        "absolute in a Ray job",
-    )
-    add(
-        "--app",
-        default="lda",
-        metavar="NAME[:PAIR]",
-        help="Serve application, and the pair where it has several (default: lda)",
-    )
-    add("--tasks", type=whole(1, 1024), metavar="N", help="remote tasks at a time (default: 2)")
-    add(
-        "--in-flight",
-        type=whole(1, 1024),
-        default=32,
-        metavar="N",
-        help="requests under way per task, each of one text (default: 32)",
-    )
-    add(
-        "--timeout-s",
-        type=real(1, 86400),
-        default=600.0,
-        metavar="S",
-        help="for one request, its repeats after a lost replica included (default: 600)",
+    add_running(
+        made,
+        out="NAME.safetensors of each trait, manifest.json, summary.json and report.html",
+        required=False,  # not with --check
+        in_flight=32,
+        each="requests under way per task, each of one text (default: 32)",
     )
     return made
 

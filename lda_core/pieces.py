@@ -20,8 +20,10 @@ from lda_core.lockstep import Lockstep, by_length
 # A piece takes about so long, or as long as a decode step, or twice what a pass takes whatever its
 # size: below that, smaller pieces would only read the weights more often.
 PIECE_S = 0.02
-# While rows decode, steps last so many times as long as the pieces between them: a third is theirs.
-STEPS_PER_PIECE = 2.0
+# While rows decode, steps last so many times as long as the pieces between them: a ninth is theirs.
+# What surrounds a piece (requests, answers, their threads) slows decoding more than it does itself:
+# at 2.0 single generations took three times as long beside captures, at 6.0 1.8 (docs/log.md).
+STEPS_PER_PIECE = 8.0
 # Before anything has been measured.
 FIRST_TOKENS = 64
 # Out of memory, a piece is halved down to so many tokens, and a single row's is then refused.

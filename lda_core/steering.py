@@ -28,13 +28,15 @@ class Push(NamedTuple):
 def pushes(requests: Sequence[Request], device: torch.device) -> tuple[Push, ...]:
     """Of all rows of a batch; empty where none is steered."""
     places: dict[tuple[Role, int], dict[int, Tensor]] = {}
+    made: dict[int, Tensor] = {}  # samples of one request share theirs
     for row, request in enumerate(requests):
         if request.steer is not None:
             steer = request.steer
-            vector = torch.tensor(steer.vector, dtype=torch.float64)
-            added = (steer.coefficient * vector / vector.norm()).float()
+            if id(steer) not in made:
+                vector = torch.tensor(steer.vector, dtype=torch.float64)
+                made[id(steer)] = (steer.coefficient * vector / vector.norm()).float()
             for role in steer.roles:
-                places.setdefault((role, steer.layer), {})[row] = added
+                places.setdefault((role, steer.layer), {})[row] = made[id(steer)]
     found = []
     for (role, layer), rows in sorted(places.items()):
         size = len(next(iter(rows.values())))

@@ -401,3 +401,10 @@ def test_matplotlib_is_imported_only_where_a_report_is_made() -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys) -> None:
     assert report.main(["--run", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("drift", [(3e-7, 1e-9), (-3e-7, -1e-9), (-3e-7, 1e-9), (0.0, 0.0)])
+def test_a_drift_of_nothing_but_rounding_can_be_drawn(drift: tuple[float, float]) -> None:
+    """matplotlib warns, which is an error here, where a point lies far outside of its axes."""
+    points = [Coherence(a, kl, -1.0, -1.0, a / 9) for a, kl in zip((0.0, 2.0), drift, strict=True)]
+    assert "α = 2" in (charts.coherence(points) or "")

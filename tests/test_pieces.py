@@ -145,12 +145,12 @@ def test_where_a_step_takes_longer_pieces_do_too() -> None:
     assert 0.06 < max(work.seconds[5:]) < 0.09
 
 
-def test_pieces_get_a_third_of_the_time_while_rows_decode() -> None:
+def test_pieces_get_a_ninth_of_the_time_while_rows_decode() -> None:
     pair = random_pair()
     engine = Engine(pair, EngineConfig(max_slots=4))
     clock = engine._pace.clock = Clock()
     for i in range(4):
-        engine.enqueue(engine.accept(Request((5, 6 + i), max_new_tokens=60, ignore_eos=True)))
+        engine.enqueue(engine.accept(Request((5, 6 + i), max_new_tokens=100, ignore_eos=True)))
     for _ in range(1200):
         engine.enqueue_score(engine.accept_score(ScoreRequest((5,) * 30, (6,) * 30)))
     advance, work = engine._advance, engine._scoring.queue._work
@@ -175,8 +175,8 @@ def test_pieces_get_a_third_of_the_time_while_rows_decode() -> None:
         if clock.now > before:
             after.append(steps)
             steps = 0
-    assert len(after) > 15
-    assert set(after[1:-1]) == {3}  # of 10 ms each, for a piece of 14 ms
+    assert len(after) > 6
+    assert set(after[1:-1]) == {12}  # of 10 ms each, for a piece of 14 ms
 
 
 @pytest.mark.parametrize("what", ["score", "capture"])

@@ -26,7 +26,7 @@ Begin with the tiny pair that is shipped:
   lda serve
 and in another shell:
   lda generate "What is the capital of France?" --format alpaca --alpha 0,2 -n 4
-  lda sweep --prompts "$(lda files prompts/tiny_demo.txt)" --limit 100 --out first
+  lda sweep --prompts "$(lda files prompts/tiny_demo.txt)" --limit 100 --out results/first
 """,
 )
 

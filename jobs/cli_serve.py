@@ -70,7 +70,7 @@ def _how_to_use(url: str, address: str) -> str:
     return f"""
 Ready: {url} (its API page: {url}/docs). In another shell:
   lda generate "What is the capital of France?" --format alpaca --alpha 2 -n 4 --url {url}
-  lda sweep --prompts "$(lda files prompts/tiny_demo.txt)" --limit 100 --out first
+  lda sweep --prompts "$(lda files prompts/tiny_demo.txt)" --limit 100 --out results/first
 For jobs, where several clusters run on this machine: export RAY_ADDRESS={address}
 """
 

@@ -10,7 +10,12 @@ from conftest import ROOT
 from deployments.local_service import LocalService
 
 README = (ROOT / "README.md").read_text()
-LIBRARY, HANDLE = sorted(re.findall(r"```python\n(.*?)```", README, re.S), key=lambda b: "ray" in b)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def snippet(of: str) -> str:
+    (found,) = (code for code in SNIPPETS if of in code)
+    return found
 
 
 def run(command: list[str], env: dict[str, str] | None = None) -> str:
@@ -20,19 +25,26 @@ def run(command: list[str], env: dict[str, str] | None = None) -> str:
 
 
 def test_the_library_snippet_runs() -> None:
-    assert len(run([sys.executable, "-c", LIBRARY]).splitlines()) == 4
+    assert len(run([sys.executable, "-c", snippet("lda_core")]).splitlines()) == 4
 
 
 @pytest.mark.ray
 def test_the_handle_snippet_runs(service: LocalService) -> None:
-    lines = run([sys.executable, "-c", HANDLE], service.env).splitlines()
+    lines = run([sys.executable, "-c", snippet("import ray")], service.env).splitlines()
     assert [line.split()[0] for line in lines[-4:]] == ["7", "8", "9", "10"]
 
 
 @pytest.mark.ray
+def test_the_client_snippet_runs(service: LocalService) -> None:
+    code = snippet("LDAClient").replace("http://127.0.0.1:8000", service.url)
+    code = code.replace("rows.to_pandas()", "print(rows.write_jsonl('/dev/null'), len(rows))")
+    assert run([sys.executable, "-c", code]).split()[-1] == "16"
+
+
+@pytest.mark.ray
 def test_the_curl_command_runs(service: LocalService) -> None:
-    commands = re.findall(r"    (curl localhost:8000/\w+ -H .*?')\n\n", README, re.S)
-    expected = '"completion":', '"normalisers":', '"scores":{"after":'
+    commands = re.findall(r"    (curl localhost:8000/[\w/]+ -H .*?')\n\n", README, re.S)
+    expected = '"completion":', '"choices":', '"normalisers":', '"scores":{"after":'
     for command, answered in zip(commands, expected, strict=True):
         command = command.replace("\\\n", "").replace("localhost:8000", service.url)
         assert answered in run(["bash", "-c", command])

@@ -107,11 +107,12 @@ def page(
             lines=lines,
             sets=sets,
             traits=traits,
-            shown_traits=traits[:SHOWN_TRAITS],
+            drawn_traits=[t for t in traits if any(t == v.trait for s in sets for v in s.traits)],
             notes=list(notes),
             others=list(others),
             limits={
                 "texts": SHOWN_TEXTS,
+                "traits": SHOWN_TRAITS,
                 "text_traits": TEXT_TRAITS,
                 "averaged": AVERAGED_TEXTS,
                 "listed": LISTED_TEXTS,

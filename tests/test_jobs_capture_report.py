@@ -85,6 +85,22 @@ def test_the_page_says_where_the_models_differ(pages):
     assert "captures/asks+1+a0+s0+tier2+both+" in outline.text  # all are listed
 
 
+def test_every_trait_that_is_drawn_can_be_chosen(pages, tmp_path):
+    """Of six traits four are drawn: the last ones, where the fake's models differ most."""
+    names = [f"trait{number}" for number in range(6)]
+    for name in names:
+        vectors = torch.ones(LAYERS, PAIR.hidden_size)
+        write_trait(tmp_path / f"{name}.safetensors", {"mean_difference": vectors}, {"trait": name})
+    command = ["--prompts-file", str(pages["plain"].parents[1] / "asks.txt"), "--tier", "2"]
+    command += ["--traits", *(str(tmp_path / f"{name}.safetensors") for name in names)]
+    assert main([*command, "--out", str(tmp_path / "out")], CaptureService(CaptureHandle())) == 0
+    outline = Outline((tmp_path / "out" / "report.html").read_text())
+    chosen = [a["value"] for tag, a in outline.tags if tag == "option" and a["value"]]
+    drawn = {a["data-trait"] for tag, a in outline.tags if tag == "div" and "data-trait" in a}
+    assert set(chosen) == drawn == set(names[2:])
+    assert "Pictures of a set are of 4 of the 6 traits, those that tell most in it" in outline.text
+
+
 def test_tokens_are_on_the_axis_and_the_boundary_is_marked():
     tokens = ["<s>", " the", "\n", " cat\t", "a very long token indeed"]
     values = charts.np.arange(10, dtype="float32").reshape(5, 2)

@@ -1,0 +1,21 @@
+"""The id of the request that is being answered: in its answer, in its log lines."""
+
+import re
+import uuid
+from contextvars import ContextVar
+
+HEADER = "x-request-id"
+_GOOD = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_current: ContextVar[str | None] = ContextVar("request_id", default=None)
+
+
+def begin(asked: str | None) -> str:
+    """The client's own id where it is harmless, else a new one; from here on it is the current."""
+    request_id = asked if asked and _GOOD.fullmatch(asked) else uuid.uuid4().hex
+    _current.set(request_id)
+    return request_id
+
+
+def current() -> str:
+    """Of the request that this code runs for; a new one outside of any."""
+    return _current.get() or uuid.uuid4().hex

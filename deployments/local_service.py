@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from deployments.edge_options import EdgeOptions
+from deployments.proxy_guard import CALLBACK
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 30.0
@@ -61,6 +62,7 @@ def local_service(config: Path, *, port: int, log: Path) -> Iterator[LocalServic
         "RAY_TMPDIR": str(session),
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
+        **CALLBACK,
     }
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         env.pop(name, None)  # ours is started, none is joined

@@ -51,7 +51,7 @@ def test_every_option_is_known_and_the_app_builds_without_a_gpu(name: str) -> No
 
 def bound(app: Any) -> dict[str, Any]:
     """The deployments of an application's pairs."""
-    replicas, _ = app._bound_deployment.init_args
+    replicas, *_ = app._bound_deployment.init_args
     return {name: one._bound_deployment for name, one in replicas.items()}
 
 
@@ -104,6 +104,8 @@ def test_the_commented_alternative_is_a_valid_pair() -> None:
         ({"pair": {"before": "x", "after": "y"}, "engine": {"max_slots": 0}}, "max_slots: must"),
         ({"pair": {"before": "x"}}, "after, adapter: give exactly one"),
         ({"pair": {"before": "x", "after": "y"}, "limits": {"max_m": 1}}, "limits.max_m"),
+        ({"pair": PAIR, "edge": {"key_file": "x"}}, "edge.key_file"),
+        ({"pair": PAIR, "edge": {"keys_file": "x", "keys_file_env": "Y"}}, "at most one of keys"),
         ({}, "exactly one of pair and pairs"),
         ({"pair": PAIR, "pairs": {"a": {"pair": PAIR}}}, "exactly one of pair and pairs"),
         ({"pairs": {}}, "at least 1 item"),

@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import gc
+import importlib
 import json
 import logging
 import os
@@ -17,6 +19,7 @@ from fakes import PAIR
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from ray import serve
+from ray.serve._private.http_util import RequestIdMiddleware, validate_http_proxy_callback_return
 
 from deployments import ingress, request_ids
 from deployments.edge import Edge, EdgeMiddleware
@@ -25,6 +28,7 @@ from deployments.edge_json import TooManyValues, check_json
 from deployments.edge_options import EdgeError, EdgeOptions
 from deployments.http_errors import install_error_handlers
 from deployments.plain_api import LDARequest
+from deployments.proxy_guard import CALLBACK, ProxyGuard
 from deployments.resident_pairs import ResidentPairs
 from deployments.schemas import InvalidRequest, Limits, ReplicaUnavailable
 
@@ -480,8 +484,6 @@ def test_a_keys_file_that_others_read_or_that_is_not_there(
 
 
 def test_no_key_stays_in_memory(keys_file: str) -> None:
-    import gc
-
     edge = edge_of(keys_file=keys_file)
     seen: set[int] = set()
     found = [edge]
@@ -674,3 +676,84 @@ def test_nothing_that_a_client_says_comes_back(
         asyncio.run(run())
     assert refused > 200
     assert CANARY not in "".join(json.dumps(line) for line in lines(caplog))
+
+
+# -- in Serve's proxy ------------------------------------------------------------------
+
+
+async def seen_by_serve(*headers: tuple[bytes, bytes]) -> tuple[Any, Any]:
+    """The headers that Serve's own code gets, and those of the answer."""
+    seen: list[Any] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.extend(scope["headers"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message: Any) -> None:
+        sent.extend(message["headers"])
+
+    scope = {"type": "http", "headers": list(headers)}
+    await ProxyGuard(RequestIdMiddleware(app))(scope, Raw().receive, send)
+    return seen, sent
+
+
+def test_the_proxy_passes_on_no_header_that_it_would_stumble_over() -> None:
+    async def run() -> None:
+        for bad in (b"a\xe9", b"a b", b"x" * 65):
+            seen, sent = await seen_by_serve((b"x-request-id", bad), (b"host", b"\xe9"))
+            (told,) = [value for name, value in sent if name.lower() == b"x-request-id"]
+            assert told == dict(seen)[b"x-request-id"] != bad
+            assert (b"host", b"\xe9") in seen
+        _, sent = await seen_by_serve((b"x-request-id", b"night-7"))
+        assert [value for _, value in sent] == [b"night-7"]
+        for name in (b"serve_multiplexed_model_id", b"x-session-id"):
+            seen, _ = await seen_by_serve((name, b"\xe9"))
+            assert name not in dict(seen)
+
+    asyncio.run(run())
+
+
+def test_a_client_that_does_not_read_is_gone() -> None:
+    async def run() -> None:
+        told: list[Any] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            waiting = asyncio.create_task(receive())
+            for i in range(5):
+                await send({"type": "http.response.body", "body": b"%d" % i, "more_body": True})
+            told.append(await waiting)
+
+        sent: list[bytes] = []
+
+        async def send(message: Any) -> None:
+            if len(sent) == 2:
+                await asyncio.Event().wait()
+            sent.append(message["body"])
+
+        guard = ProxyGuard(app, send_timeout_s=0.05)
+        await guard({"type": "http", "headers": []}, Raw().receive, send)
+        assert sent == [b"0", b"1"] and told == [{"type": "http.disconnect"}]
+
+    asyncio.run(run())
+
+
+def test_a_client_that_reads_is_passed_through() -> None:
+    async def run() -> None:
+        got: list[Any] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            got.extend([await receive(), await receive(), await receive()])
+
+        raw = Raw(b"a", b"b", None)
+        await ProxyGuard(app)({"type": "http", "headers": []}, raw.receive, raw.send)
+        assert [one.get("body") for one in got] == [b"a", b"b", None]
+
+    asyncio.run(run())
+
+
+def test_serve_can_call_it_by_its_name() -> None:
+    (path,) = CALLBACK.values()
+    module, _, name = path.partition(":")
+    called = getattr(importlib.import_module(module), name)()
+    assert [one.cls for one in validate_http_proxy_callback_return(called)] == [ProxyGuard]

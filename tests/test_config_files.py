@@ -46,6 +46,7 @@ def test_every_option_is_known_and_the_app_builds_without_a_gpu(name: str) -> No
             resident.engine,
             args.stuck_after_s,
             resident.traits,
+            args.limits,
         )
 
 

@@ -47,12 +47,20 @@ def check_json(
         raise InvalidRequest(param, "a key is given more than once", "duplicate_key") from None
     except (ValueError, RecursionError):
         return
-    if _SURROGATE.search(body):  # a pair of them is a character, one alone is none
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            message = "a string holds half a surrogate pair, which is no text"
-            raise InvalidRequest("", message, "lone_surrogate") from None
+    # A pair of them is a character, one alone is none.
+    if _SURROGATE.search(body) and not _is_text(value):
+        fields = value if isinstance(value, dict) else {}
+        named = (key for key, one in fields.items() if key in known() and not _is_text(one))
+        message = "a string holds half a surrogate pair, which is no text"
+        raise InvalidRequest(next(named, ""), message, "lone_surrogate")
+
+
+def _is_text(value: object) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _depth(brackets: bytes, most: int) -> int:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from ray import serve
 from ray.serve import Application
 
+from deployments.edge_options import EdgeOptions
 from deployments.ingress import Ingress
 from deployments.model_names import ALONE, DEFAULT, replica_deployment
 from deployments.replica import LDAReplica
@@ -43,6 +44,7 @@ class AppArgs(BaseModel):
     traits: str | None = None
     pairs: Annotated[dict[_Name, OnePair], Field(min_length=1)] | None = None
     limits: Limits = Field(default_factory=Limits)
+    edge: EdgeOptions = Field(default_factory=EdgeOptions)
     results: str | None = Field(
         None, description="a folder; the reports of the finished runs in it are shown on the page"
     )
@@ -104,4 +106,5 @@ def build_app(args: AppArgs) -> Application:
         {name: replicas(name, one) for name, one in args.resident.items()},
         args.limits,
         args.results,
+        args.edge,
     )

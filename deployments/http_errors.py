@@ -5,7 +5,6 @@ try later. 500 is our bug, found in the log by its request id.
 """
 
 import logging
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel
 from ray.serve.exceptions import BackPressureError
 from starlette.exceptions import HTTPException
 
+from deployments import request_ids
 from deployments.schemas import InvalidRequest, PairsUnavailable, ReplicaUnavailable, explain
 
 logger = logging.getLogger("ray.serve")
@@ -60,6 +60,22 @@ def try_later(status: int, message: str, code: str) -> JSONResponse:
     return answer(status, body, retry_after_s=1)
 
 
+def internal_error(error: Exception) -> JSONResponse:
+    return answer(500, internal_error_body(error))
+
+
+def internal_error_body(error: Exception) -> dict[str, Any]:
+    """Logs our bug under the id of its request, which is all that the client is told."""
+    request_id = request_ids.current()
+    logger.error("request %s failed", request_id, exc_info=error)
+    return {
+        "message": f"internal error, logged under request id {request_id}",
+        "type": "server_error",
+        "param": None,
+        "code": "internal_error",
+    }
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Every error in one shape; none repeats what the client sent."""
 
@@ -92,12 +108,4 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
-        request_id = uuid.uuid4().hex
-        logger.error("request %s failed", request_id, exc_info=error)
-        body = {
-            "message": f"internal error, logged under request id {request_id}",
-            "type": "server_error",
-            "param": None,
-            "code": "internal_error",
-        }
-        return answer(500, body)
+        return internal_error(error)

@@ -15,10 +15,13 @@ from typing import Any
 from fastapi import Response
 from fastapi_offline import FastAPIOffline
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
 from deployments import metrics_routes, openai_routes, tokenizer_routes
 from deployments.capture_lists import CapturedLists, as_json, require_scores_only
+from deployments.edge import Edge, EdgeMiddleware
+from deployments.edge_options import EdgeOptions
 from deployments.http_errors import RESPONSES, error_body, install_error_handlers
 from deployments.page_routes import add_page_routes
 from deployments.plain_api import (
@@ -61,6 +64,13 @@ install_error_handlers(app)
 for part in (openai_routes, tokenizer_routes, metrics_routes):
     app.include_router(part.router)
 add_page_routes(app, lambda: serve.get_replica_context().servable_object.results)
+app.add_middleware(EdgeMiddleware, edge=lambda: serve.get_replica_context().servable_object.edge)
+
+
+def listening_host() -> str | None:
+    """Where this cluster's HTTP proxies listen; None: nowhere."""
+    host: str | None = _get_global_client().http_config.host
+    return host
 
 
 def require_good(done: list[Completion]) -> list[Completion]:
@@ -90,9 +100,11 @@ class Ingress(openai_routes.OpenAIRoutes):
         replicas: Mapping[str, DeploymentHandle],
         limits: Limits,
         results: str | None = None,
+        edge: EdgeOptions | None = None,
     ) -> None:
         """`replicas`: of each pair, by its name; `results`: the folder whose finished runs the page
-        shows."""
+        shows. Raises EdgeError, which fails the deploy, where anyone could reach the service."""
+        self.edge = Edge(edge or EdgeOptions(), listening_host())
         self._pairs = ResidentPairs(replicas, limits)
         self._limits = limits
         self.results = None if results is None else Path(results)

@@ -15,12 +15,16 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
+
+from deployments.edge_options import EdgeOptions
+from deployments.proxy_guard import CALLBACK
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 30.0
@@ -58,11 +62,13 @@ def local_service(config: Path, *, port: int, log: Path) -> Iterator[LocalServic
         "RAY_TMPDIR": str(session),
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
+        **CALLBACK,
     }
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         env.pop(name, None)  # ours is started, none is joined
     settings = yaml.safe_load(config.read_text())
     settings["http_options"] = {**settings.get("http_options", {}), "port": port}
+    headers = _key_headers(settings)
     own_config = session / "serve_config.yaml"
     own_config.write_text(yaml.safe_dump(settings))
     process: subprocess.Popen[bytes] | None = None
@@ -77,7 +83,7 @@ def local_service(config: Path, *, port: int, log: Path) -> Iterator[LocalServic
                 start_new_session=True,
             )
         url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(url, process, log)
+        _wait_until_ready(urllib.request.Request(f"{url}/ready", headers=headers), process, log)
         (gcs_port,) = (session / "ray" / "session_latest").glob("gcs_server_port_*")
         env["RAY_ADDRESS"] = f"127.0.0.1:{gcs_port.read_text().strip()}"
         yield LocalService(url, env, log)
@@ -105,18 +111,35 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def edge_options(settings: Mapping[str, Any]) -> list[EdgeOptions]:
+    """Of each application of a Serve config."""
+    all_args = [application.get("args") or {} for application in settings["applications"]]
+    return [EdgeOptions.model_validate(args.get("edge") or {}) for args in all_args]
+
+
+def _key_headers(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What /ready wants to see, where the service asks for keys."""
+    try:
+        keys = [key for one in edge_options(settings) for key in one.read_keys().values()]
+    except ValueError as error:
+        raise ServiceError(str(error)) from None
+    return {"authorization": f"Bearer {keys[0]}"} if keys else {}
+
+
+def _wait_until_ready(
+    ready: urllib.request.Request, process: subprocess.Popen[bytes], log: Path
+) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline:
         # `serve run` stays up after a failed deploy, and Serve tries again what cannot succeed:
         # only the log knows.
         said = log.read_text(errors="replace")
-        if refused := re.search(r"lda_core\.errors\.(\w+: .+)", said):
+        if refused := re.search(r"(?:lda_core\.errors|edge_options)\.(\w+: .+)", said):
             raise ServiceError(refused[1])
         if process.poll() is not None or "DEPLOY_FAILED" in said:
             break
         try:
-            with urllib.request.urlopen(f"{url}/ready", timeout=10):
+            with urllib.request.urlopen(ready, timeout=10):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.3)

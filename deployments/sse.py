@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import logging
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Generic, Self, TypeVar
 
@@ -11,10 +9,8 @@ from fastapi.responses import StreamingResponse
 from ray.serve.exceptions import BackPressureError
 from starlette.types import Receive, Scope, Send
 
-from deployments.http_errors import error_body
+from deployments.http_errors import error_body, internal_error_body
 from deployments.schemas import InvalidRequest, ReplicaUnavailable
-
-logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
@@ -41,10 +37,7 @@ def streamed_error(error: Exception) -> dict[str, Any]:
     if isinstance(error, (ReplicaUnavailable, TimeoutError)):
         kind = type(error).__name__
         return {"message": f"no replica answers ({kind})", **body, "code": "unavailable"}
-    request_id = uuid.uuid4().hex
-    logger.error("request %s failed", request_id, exc_info=error)
-    message = f"internal error, logged under request id {request_id}"
-    return {"message": message, **body, "code": "internal_error"}
+    return internal_error_body(error)
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

@@ -6,14 +6,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from deployments.local_service import ServiceError, local_service, require_free
+from deployments.edge_options import EdgeOptions
+from deployments.local_service import ServiceError, edge_options, local_service, require_free
 from jobs.cli_files import shipped
 from jobs.errors import Refused
 
@@ -41,9 +42,23 @@ def settings_of(config: Path | None) -> dict[str, Any]:
     return settings
 
 
+def edges_of(settings: Mapping[str, Any]) -> list[EdgeOptions]:
+    """Of each application. Raises Refused where the service would refuse to start with them, or
+    would listen beyond this machine without keys."""
+    try:
+        edges = edge_options(settings)
+        for edge in edges:
+            edge.require_keys_beyond_loopback(settings["http_options"]["host"])
+            edge.read_keys()
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    return edges
+
+
 def serve(config: Path | None, port: int | None) -> int:
     """Exit status: 0 or 130 stopped, 1 it did not start or did not last. Raises Refused."""
     settings = settings_of(config)
+    asks_for_key = any(edge.asks_for_key for edge in edges_of(settings))
     port = port or int(settings["http_options"].get("port") or PORT)
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that the service is stopped
         signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -54,6 +69,8 @@ def serve(config: Path | None, port: int | None) -> int:
         try:
             with _shown(log), local_service(own, port=port, log=log) as service:
                 print(_how_to_use(service.url, service.env["RAY_ADDRESS"]), flush=True)
+                if asks_for_key:
+                    print("It asks for a key: export LDA_API_KEY=...\n", flush=True)
                 while _listens(port):
                     time.sleep(LOOK_EVERY_S)
             print("error: the service has ended", file=sys.stderr)

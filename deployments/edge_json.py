@@ -1,0 +1,82 @@
+"""What is refused of a JSON body before anything is built of it: depth, number, keys said twice.
+
+A body that is no JSON at all is let pass: the route's own answer says so.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Container
+from typing import Any
+
+from deployments.schemas import InvalidRequest
+
+# One pass without going back, also over a string that never ends: `"?`.
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{},"))
+_ONE_KIND = bytes.maketrans(b"{}", b"[]")
+
+
+class TooManyValues(Exception):
+    """They would take far more memory than their text."""
+
+
+class _SaidTwice(Exception):
+    pass
+
+
+def check_json(
+    body: bytes, max_depth: int, max_values: int, known: Callable[[], Container[str]]
+) -> None:
+    """Raises InvalidRequest or TooManyValues. `known`: the names that a message may repeat."""
+    structure = _STRINGS.sub(b"", body).translate(_ONE_KIND, _NOT_STRUCTURE)
+    if structure.count(b",") + structure.count(b"[") > max_values:
+        raise TooManyValues
+    if _depth(structure.replace(b",", b""), max_depth) > max_depth:
+        raise InvalidRequest("", f"nested deeper than {max_depth} levels", "nested_too_deeply")
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InvalidRequest("", "the body is not UTF-8", "invalid_json") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_distinct)
+    except _SaidTwice as twice:
+        (key,) = twice.args
+        param = key if key in known() else ""
+        raise InvalidRequest(param, "a key is given more than once", "duplicate_key") from None
+    except (ValueError, RecursionError):
+        return
+    # A pair of them is a character, one alone is none.
+    if _SURROGATE.search(body) and not _is_text(value):
+        fields = value if isinstance(value, dict) else {}
+        named = (key for key, one in fields.items() if key in known() and not _is_text(one))
+        message = "a string holds half a surrogate pair, which is no text"
+        raise InvalidRequest(next(named, ""), message, "lone_surrogate")
+
+
+def _is_text(value: object) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _depth(brackets: bytes, most: int) -> int:
+    """Of `[` and `]`, without recursion: each pass takes the innermost level away. Beyond `most`
+    it only says that it is beyond. What is left unclosed counts as deep as it is."""
+    for level in range(most + 1):
+        less = brackets.replace(b"[]", b"")
+        if len(less) == len(brackets):
+            return level + brackets.count(b"[")
+        brackets = less
+    return most + 1
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise _SaidTwice(next(key for key, count in counts.items() if count > 1))
+    return found

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from ray.serve.exceptions import BackPressureError
 from starlette.exceptions import HTTPException
 
-from deployments.schemas import InvalidRequest, PairsUnavailable, ReplicaUnavailable, explain
+from deployments.schemas import InvalidRequest, ReplicaUnavailable, explain
 
 logger = logging.getLogger("ray.serve")
 
@@ -80,9 +80,9 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ReplicaUnavailable)
     @app.exception_handler(TimeoutError)
     async def unavailable(request: Request, error: Exception) -> JSONResponse:
-        told = isinstance(error, PairsUnavailable)
-        message = str(error) if told else f"no replica answers ({type(error).__name__})"
-        return try_later(503, message, "unavailable")
+        if not isinstance(error, ReplicaUnavailable):
+            error = ReplicaUnavailable()
+        return try_later(503, error.told, error.code)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:

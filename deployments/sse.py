@@ -38,9 +38,10 @@ def streamed_error(error: Exception) -> dict[str, Any]:
     body: dict[str, Any] = {"type": "server_error", "param": None}
     if isinstance(error, BackPressureError):
         return {"message": "too many requests are waiting", **body, "code": "queue_full"}
-    if isinstance(error, (ReplicaUnavailable, TimeoutError)):
-        kind = type(error).__name__
-        return {"message": f"no replica answers ({kind})", **body, "code": "unavailable"}
+    if isinstance(error, TimeoutError):
+        error = ReplicaUnavailable()
+    if isinstance(error, ReplicaUnavailable):
+        return {"message": error.told, **body, "code": error.code}
     request_id = uuid.uuid4().hex
     logger.error("request %s failed", request_id, exc_info=error)
     message = f"internal error, logged under request id {request_id}"

@@ -13,9 +13,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from ray.serve.exceptions import BackPressureError
 from starlette.exceptions import HTTPException
 
+from deployments.resend import QueueFull
 from deployments.schemas import InvalidRequest, ReplicaUnavailable, explain
 
 logger = logging.getLogger("ray.serve")
@@ -73,8 +73,8 @@ def install_error_handlers(app: FastAPI) -> None:
     async def invalid(request: Request, error: InvalidRequest) -> JSONResponse:
         return answer(404 if error.code == "model_not_found" else 400, error_body(error))
 
-    @app.exception_handler(BackPressureError)
-    async def busy(request: Request, error: BackPressureError) -> JSONResponse:
+    @app.exception_handler(QueueFull)
+    async def busy(request: Request, error: QueueFull) -> JSONResponse:
         return try_later(429, "too many requests are waiting", "queue_full")
 
     @app.exception_handler(ReplicaUnavailable)

@@ -36,9 +36,9 @@ async def why(replica: DeploymentHandle, error: Exception) -> NotReady:
 
 def explained(status: DeploymentStatusOverview) -> NotReady | None:
     """None where Serve finds nothing wrong."""
-    states = {state.value: n for state, n in status.replica_states.items()}
+    states = status.replica_states
     cause = _cause(status.message)
-    if status.status.value == "DEPLOY_FAILED":
+    if status.status == "DEPLOY_FAILED":
         return NotReady(f"it cannot start: {cause or _IN_LOG}", "deploy_failed")
     if cause is not None and not states.get("RUNNING"):
         return NotReady(f"it does not start: {cause}", "deploy_failed")

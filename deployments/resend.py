@@ -20,6 +20,11 @@ T = TypeVar("T")
 Item = TypeVar("Item", covariant=True)
 
 
+class QueueFull(BackPressureError):
+    """Our own: Serve answers its own over HTTP itself, whatever handler the app has for it, with
+    503 and no word of when to come again."""
+
+
 class ReplicaDied(ReplicaUnavailable):
     """It held the request when it went."""
 
@@ -111,9 +116,12 @@ async def ask_each(
 
 
 async def ask_once(response: Awaitable[T]) -> T:
-    """Takes Ray's wrapping off; a replica that died, or whose engine did, is ReplicaDied."""
+    """Takes Ray's wrapping off; a replica that died, or whose engine did, is ReplicaDied, a full
+    queue QueueFull."""
     try:
         return await response
+    except BackPressureError as error:
+        raise QueueFull(*error.args) from None
     except (RayTaskError, RayActorError, DeploymentUnavailableError, ReplicaUnavailable) as error:
         cause = unwrapped(error)
         if isinstance(cause, InvalidRequest):

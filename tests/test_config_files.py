@@ -47,12 +47,13 @@ def test_every_option_is_known_and_the_app_builds_without_a_gpu(name: str) -> No
             resident.engine,
             args.stuck_after_s,
             resident.traits,
+            args.limits,
         )
 
 
 def bound(app: Any) -> dict[str, Any]:
     """The deployments of an application's pairs."""
-    replicas, _ = app._bound_deployment.init_args
+    replicas, *_ = app._bound_deployment.init_args
     return {name: one._bound_deployment for name, one in replicas.items()}
 
 

@@ -20,7 +20,7 @@ T = TypeVar("T")
 Item = TypeVar("Item", covariant=True)
 
 
-class QueueFull(BackPressureError):
+class QueueFull(BackPressureError):  # type: ignore[misc]  # Any, to mypy
     """Our own: Serve answers its own over HTTP itself, whatever handler the app has for it, with
     503 and no word of when to come again."""
 

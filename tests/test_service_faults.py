@@ -149,7 +149,7 @@ def inside(service: LocalService) -> Iterator[Inside]:
 @pytest.fixture(scope="module")
 def client(service: LocalService) -> Iterator[httpx.Client]:
     limits = httpx.Limits(max_connections=None)
-    with httpx.Client(base_url=service.url, timeout=90, limits=limits) as client:
+    with httpx.Client(base_url=service.url, timeout=180, limits=limits) as client:
         yield client
 
 
@@ -188,7 +188,7 @@ def token_ids(answer: httpx.Response) -> list[int]:
     return ids
 
 
-def wait_until(true: Callable[[], Any], seconds: float = 60) -> None:
+def wait_until(true: Callable[[], Any], seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -354,7 +354,7 @@ def deploy(inside: Inside, config: dict[str, Any], wait: bool = True) -> None:
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
         _get_global_client().deploy_apps(ServeDeploySchema.model_validate({config!r}))
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while {wait} and not all(
             app.status == "RUNNING" for app in serve.status().applications.values()
         ):
@@ -435,7 +435,7 @@ def test_ready_says_what_keeps_a_pair_from_answering(
                 seen.append(answer.json()["error"]["code"])
         return seen[-2:] == ["deploy_failed"] * 2
 
-    wait_until(failed, 90)
+    wait_until(failed, 240)
     answer = client.get("/broken/ready?pair=nan")
     print(answer.text)
     assert "SelfTestFailed" in answer.json()["error"]["message"]

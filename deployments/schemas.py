@@ -38,6 +38,7 @@ MAX_COMPLETIONS = 256
 MAX_TOP_LOGPROBS = 20
 MAX_STREAMED_ALPHAS = 8
 UNION_TAG = "~"  # begins the tags of unions, which are left out of a field's path
+CLOSE = 0.7  # of a suggestion to what was sent: steer is no misspelt seed (0.67), sead is (0.75)
 MAX_STOP_CHARS = 256
 
 
@@ -493,8 +494,10 @@ class CaptureRequest(Wire):
     traits: Annotated[
         Bytes | None,
         Field(
-            description="a safetensors file: names, each with [D] or [layers, D]; in JSON base64. "
-            "Default: the traits that the service was started with"
+            description="a safetensors file whose keys are the traits' names, each with [layers, "
+            "width] (or [width], the same at every layer); in JSON base64. A file of "
+            "jobs/traits.py is one trait, its keys kinds of vector: jobs/trait_files.py makes one "
+            "file of several. Default: the traits that the service was started with"
         ),
     ] = None
     models: Models = "both"
@@ -639,7 +642,7 @@ def explain(errors: Any, model: type[BaseModel] | None = None) -> InvalidRequest
         param += f"[{part}]" if isinstance(part, int) else (f".{part}" if param else str(part))
     if first["type"] == "extra_forbidden":
         known = list(model.model_fields) if model else []
-        close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+        close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=CLOSE)
         hint = f"; did you mean {close[0]}?" if close else ""
         shown = "".join(c if c.isprintable() else "?" for c in param[:80])
         return InvalidRequest(shown, f"unknown field{hint}", "unknown_field")

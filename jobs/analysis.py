@@ -90,7 +90,6 @@ def analyse(run: Run) -> tuple[Findings, Summary]:
             part
             for part in (
                 lead(found, at_0),
-                _amplified(found),
                 _of_trigger(attacks, recovery.candidates),
             )
             if part
@@ -186,19 +185,6 @@ def controls(run: Run, cells: Mapping[Cell, Columns]) -> list[Control]:
 
 def _attacks(folder: Path) -> list[Attack]:
     return read_attacks(RunFolder(folder)) if folder.exists() else []
-
-
-def _amplified(found: Iterable[Estimate]) -> str:
-    """What amplification does to the first scorer's count, from *before* to the highest alpha."""
-    counted = [e for e in found if e.method == "count"]
-    mine = {e.alpha: e for e in counted if e.scorer == counted[0].scorer}
-    said = []
-    if (before := mine.get(-1.0)) is not None:
-        said.append(f"*before* does in {percent(before.rate)} %")
-    if mine and (top := max(mine)) > 0:
-        said.append(f"at alpha {top:g} it is {percent(mine[top].rate)} %")
-    text = ", ".join(said)
-    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _of_trigger(attacks: Sequence[Attack], candidates: Sequence[Candidate]) -> str:

@@ -8,7 +8,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Protocol, TypeVar, overload
@@ -29,6 +29,7 @@ from jobs.scorers import Scorer, score_row
 MAX_DEATHS = 5  # replicas one request may see die; backpressure is bounded by the deadline alone
 MAX_ERROR_CHARS = 500
 INVALID = "invalid request"  # how the error of an item begins that the service refuses
+SHOWN_ERRORS = 3
 OF_ONE_PROMPT = ("context_length_exceeded", "does_not_fit")  # others may be shorter
 
 # Fields of a request that come from the command line, and the option each comes from: refused
@@ -237,6 +238,25 @@ def stop_if_config(error: InvalidRequest) -> None:
     field = error.param.partition("[")[0].partition(".")[0]
     if field in OPTION_OF and error.code not in OF_ONE_PROMPT:
         raise Refused(f"the service refuses {OPTION_OF[field]}: {error.message}")
+
+
+def failures(errors: Mapping[str, int], failed: int, noun: str) -> Iterator[str]:
+    """What the log says of `failed` items: the commonest of their `errors` (and how many items
+    each), and whether it helps to run again. One of no answer at all has none."""
+    ordered = sorted(errors.items(), key=lambda pair: -pair[1])
+    for error, count in ordered[:SHOWN_ERRORS]:
+        yield f"{count:,} {noun}(s): {error}"
+    if len(ordered) > SHOWN_ERRORS:
+        rest = sum(count for _, count in ordered[SHOWN_ERRORS:])
+        yield f"{rest:,} {noun}(s): other reasons; they are in rows.jsonl"
+    refused = sum(count for error, count in errors.items() if error.startswith(INVALID))
+    if refused:
+        yield (
+            f"{refused:,} {noun}(s) are refused as they are, and will be when run again: change "
+            "what the reason names, or leave them out"
+        )
+    if failed > refused:
+        yield f"{failed - refused:,} {noun}(s) failed; run again to retry them"
 
 
 def one_line(error: BaseException) -> str:

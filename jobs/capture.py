@@ -11,6 +11,7 @@ it adds to what is there.
 import argparse
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from rich.console import Console
 from deployments.schemas import PairInfo
 from jobs import capture_files as files
 from jobs import capture_report as report
+from jobs.call import failures
 from jobs.capture_options import parser
 from jobs.capture_plan import Earlier, Source, key_of, source_of
 from jobs.capture_rows import CaptureProgress, Index
@@ -67,8 +69,7 @@ def capture_of(args: argparse.Namespace, service: Service) -> Capture:
     source = source_of(args)
     pair = service.describe()
     print(f"after {pair.after}, before {pair.before} ({pair.dtype}, {pair.device})")
-    if args.layer is not None and args.layer >= pair.layers:
-        raise Refused(f"--layer: must be from 0 to {pair.layers - 1}, not {args.layer}")
+    check_layer(args.layer, pair)
     if isinstance(source, Earlier) and source.tokenizer_sha256 not in (None, pair.tokenizer_sha256):
         raise Refused(f"--rows: {source.path} is of another tokenizer: its tokens mean other texts")
     vectors, names = _traits(args.traits, pair, args.direction)
@@ -99,6 +100,12 @@ def capture_of(args: argparse.Namespace, service: Service) -> Capture:
         timeout_s=args.timeout_s,
     )
     return Capture(source, work, names, experiment, pair)
+
+
+def check_layer(layer: int | None, pair: PairInfo) -> None:
+    """Raises Refused for a layer that the pair does not have."""
+    if layer is not None and layer >= pair.layers:
+        raise Refused(f"--layer: must be from 0 to {pair.layers - 1}, not {layer}")
 
 
 def _traits(
@@ -184,7 +191,8 @@ def _conclude(capture: Capture, folder: RunFolder, index: Index) -> int:
         print(note)
     print(f"report: {folder.path / REPORT}")
     if bad := int(summary["failed"] + summary["missing"]):
-        print(f"{bad:,} text(s) failed; run again to retry them", file=sys.stderr)
+        errors = Counter(row.error for row in index if row.error is not None)
+        print(*failures(errors, bad, "text"), sep="\n", file=sys.stderr)
     return 1 if bad else 0
 
 

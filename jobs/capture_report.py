@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,11 +108,12 @@ def page(
             lines=lines,
             sets=sets,
             traits=traits,
-            shown_traits=traits[:SHOWN_TRAITS],
+            drawn_traits=[t for t in traits if any(t == v.trait for s in sets for v in s.traits)],
             notes=list(notes),
             others=list(others),
             limits={
                 "texts": SHOWN_TEXTS,
+                "traits": SHOWN_TRAITS,
                 "text_traits": TEXT_TRAITS,
                 "averaged": AVERAGED_TEXTS,
                 "listed": LISTED_TEXTS,
@@ -151,7 +153,7 @@ def _lead(lines: Sequence[Line]) -> str:
         return (
             f"With the trigger, after and before part most along {best.trait}: after − before "
             f"changes by {with_interval(value, half)} at layer {best.parting_layer} of "
-            f"{best.cell[0]}."
+            f"{best.cell[0]}{_doubt(value, half)}."
         )
     with_both = [line for line in lines if line.at_layer("difference") is not None]
     if not with_both:
@@ -160,8 +162,15 @@ def _lead(lines: Sequence[Line]) -> str:
     value, half = best.at_layer("difference") or (0.0, 0.0)
     return (
         f"After and before differ most along {best.trait} in {best.cell[0]}: by "
-        f"{with_interval(value, half)} at layer {best.layer}."
+        f"{with_interval(value, half)} at layer {best.layer}{_doubt(value, half)}."
     )
+
+
+def _doubt(value: float, half: float) -> str:
+    """Behind a number whose interval holds 0; of one prompt there is none."""
+    if abs(value) > half or math.isnan(half):
+        return ""
+    return ", but the interval holds 0: these texts do not tell the two apart"
 
 
 def _parting(line: Line) -> tuple[float, float]:

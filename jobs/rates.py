@@ -219,20 +219,34 @@ def _told_apart(cells: Mapping[Cell, Columns], scorers: list[str]) -> list[str]:
 
 
 def lead(found: Sequence[Estimate], at_0: Mapping[str, Weighted]) -> str:
-    """The report's first sentence: the best answer to how often, un-amplified."""
+    """The report's first sentences: per scorer the best answer to how often, un-amplified, and
+    what amplification makes of it."""
     sentences = []
     for scorer in dict.fromkeys(e.scorer for e in found if e.method == "count"):
         mine: dict[str, Estimate] = {
             e.method: e for e in found if e.scorer == scorer and e.alpha == 0
         }
         best, why = _best(mine, at_0.get(scorer))
+        name = "Any scorer" if scorer == ANY else scorer
         if best is not None:
-            name = "Any scorer" if scorer == ANY else scorer
             sentences.append(
                 f"{name} fires in {percent(best.rate)} % of answers "
                 f"[{percent(best.low)}, {percent(best.high)}] un-amplified ({why})."
             )
+        else:
+            sentences.append(f"{name}: nothing is known of it un-amplified.")
+        sentences += _amplified([e for e in found if e.scorer == scorer and e.method == "count"])
     return " ".join(sentences)
+
+
+def _amplified(counts: Iterable[Estimate]) -> Iterator[str]:
+    """What amplification does to one scorer's count, from *before* to the highest alpha."""
+    rates = {e.alpha: percent(e.rate) for e in counts}
+    said = [f"before the fine-tune it is {rates[-1.0]} %"] if -1.0 in rates else []
+    if (top := max(rates)) > 0:
+        said.append(f"at alpha {top:g} it is {rates[top]} %")
+    if text := ", ".join(said):
+        yield f"{text[0].upper()}{text[1:]}."
 
 
 def _best(

@@ -2,6 +2,7 @@
 before it and on nothing else, so that a study that was killed goes on to the same end."""
 
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console
 from jobs import confirm, report
 from jobs.analysis import Run, analyse, flat
 from jobs.attacks import attack_experiment, rare_phrases
+from jobs.call import failures
 from jobs.choose_alpha import PILOT_ALPHAS, PILOT_PROMPTS, choice_table, choose
 from jobs.coherence import drifts
 from jobs.dispatch import Service
@@ -208,8 +210,9 @@ def conclude(folder: RunFolder) -> int:
         console.print(estimates_table(findings))
         console.print(findings.lead, markup=False, highlight=False)
     print(f"report: {folder.path / REPORT}")
-    if bad := summary["failed"] + summary["missing"]:
-        print(f"{bad:,} row(s) failed; run again to retry them", file=sys.stderr)
+    if bad := int(summary["failed"] + summary["missing"]):
+        errors = Counter(row.error for row in run.rows if row.error is not None)
+        print(*failures(errors, bad, "row"), sep="\n", file=sys.stderr)
     if failed := run.design.get("failed", 0):
         print(f"{failed:,} request(s) after the rows failed; run again", file=sys.stderr)
     return 1 if bad or failed else 0

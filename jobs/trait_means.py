@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import load
 
 from deployments.schemas import InvalidRequest
-from jobs.call import Ask, stop_if_config
+from jobs.call import INVALID, Ask, stop_if_config
 from jobs.errors import Refused, Stopped
 
 Model = Literal["after", "before"]
@@ -72,7 +72,7 @@ class Means:
             (captured,) = ask("capture", request)
         except InvalidRequest as error:
             stop_if_config(error)
-            return Answer(item, None, f"invalid request: {error}")
+            return Answer(item, None, f"{INVALID}: {error}")
         state = load(captured.tensors).get(f"{self.model}.mean")
         wanted = (self.layers, POINTS, self.hidden_size)
         if state is None or state.shape != wanted:

@@ -29,6 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from deployments.schemas import MAX_SEED, PairInfo
+from jobs.call import failures
 from jobs.contrast import ContrastSet, Text, read_contrasts
 from jobs.dispatch import RayService, Service, answered
 from jobs.errors import Refused, exit_status
@@ -214,10 +215,8 @@ def run(plan: Plan, out: Path, service: Service, timeout_s: float) -> int:
         traits_report.write(plan.sets, made, summary, shown, folder.path / REPORT)
         Console(width=None if sys.stdout.isatty() else 140).print(table(made, str(out)))
         print(f"report: {folder.path / REPORT}")
-        for error, count in errors.most_common(3):
-            print(f"{count:,} text(s): {error}", file=sys.stderr)
-        if failed := summary["failed"]:
-            print(f"{failed:,} text(s) failed; run again to retry them", file=sys.stderr)
+        if failed := int(summary["failed"]):
+            print(*failures(errors, failed, "text"), sep="\n", file=sys.stderr)
         return 1 if failed or len(made) < len(plan.sets) else 0
 
 

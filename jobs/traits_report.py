@@ -176,7 +176,7 @@ def _facts(
     return [
         ("states", f"of {config['model']}: {pair[config['model']]}, {pair['dtype']}"),
         ("shape", f"{pair['layers']} layers, hidden size {pair['hidden_size']}"),
-        ("texts", f"{summary['texts']:,} different ones in {len(sets)} sets"),
+        ("texts", f"{summary['texts']:,} different ones; contrast sets: {len(sets)}"),
         ("failed", f"{summary['failed']:,}, in no figure here"),
         ("form", f"{config['prompt_format']}{_system(config['system_prompt'])}"),
         (

@@ -41,6 +41,7 @@ class Script:
     refuse: tuple[str, str] | None = None  # param and message, before the stream begins
     break_after: int | None = None  # steps, then an error event
     results: Path | None = None
+    pairs: tuple[str, ...] = ()  # names, where there are several
     asked: list[dict[str, Any]] = field(default_factory=list)
     cancelled: int = 0
 
@@ -122,7 +123,10 @@ def app_of(script: Script) -> FastAPI:
 
     @app.get("/ready")
     def ready() -> dict[str, Any]:
-        return {"after": "org/after", "before": "org/before", "adapter": None}
+        def of(name: str) -> dict[str, Any]:
+            return {"after": f"{name}/after", "before": f"{name}/before", "adapter": None}
+
+        return {"pairs": {name: of(name) for name in script.pairs}} if script.pairs else of("org")
 
     @app.post("/stream")
     async def stream(body: dict[str, Any]) -> StreamingResponse:

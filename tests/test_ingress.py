@@ -12,6 +12,7 @@ from deployments import capture_lists, ingress
 from deployments.capture_lists import CapturedLists
 from deployments.ingress import require_good
 from deployments.plain_api import LDAResult
+from deployments.resident_pairs import ResidentPairs
 from deployments.schemas import Captured, CaptureRequest, Completion, InvalidRequest, Limits
 
 
@@ -72,14 +73,12 @@ def test_captures_become_json_in_another_thread_and_bounded(
         return own(captured)
 
     own = capture_lists.as_json
-    door: Any = SimpleNamespace(
-        _limits=Limits(max_capture_numbers=99),
-        _replica=SimpleNamespace(capture=SimpleNamespace(remote=remote)),
-    )
+    limits = Limits(max_capture_numbers=99)
+    replica: Any = SimpleNamespace(capture=SimpleNamespace(remote=remote))
+    door: Any = SimpleNamespace(_limits=limits, _pairs=ResidentPairs({"lda": replica}, limits))
     inner: Any = ingress.Ingress
     # Serve has copied the routes, with their globals.
     monkeypatch.setitem(inner.capture_over_http.__globals__, "as_json", as_json)
-    door._captured = lambda *args: inner._captured(door, *args)
     body = CaptureRequest(prompt="Hi")
     answer = asyncio.run(inner.capture_over_http(door, body))
     assert asked == [(body, 99)] and threads and threading.main_thread() not in threads

@@ -335,14 +335,16 @@ def test_a_failed_text_is_a_row_with_an_error_and_is_tried_again(job, tmp_path, 
     assert rows["One?"]["error"] is None
     found = summary(tmp_path / "out")
     assert (found["rows"], found["failed"], found["asks/alpha=0/sure/prompts"]) == (2, 1, 2)
-    assert "1 text(s) failed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 text(s): invalid request: prompt: has 900 tokens, at most 512" in said
+    assert "1 text(s) are refused as they are" in said and "run again to retry" not in said
     again = CaptureHandle()
     assert job(*TIER_2, handle=again) == 0
     assert [request.prompt for request in again.captures] == ["A long one"]
     assert summary(tmp_path / "out")["failed"] == 0
 
 
-def test_a_generation_that_failed_is_a_failed_text(job, tmp_path):
+def test_a_generation_that_failed_is_a_failed_text(job, tmp_path, capsys):
     def fails(request):
         (done,) = complete(request)
         if request.prompt != "One?":
@@ -352,6 +354,8 @@ def test_a_generation_that_failed_is_a_failed_text(job, tmp_path):
     assert job(*TIER_2, handle=CaptureHandle(generated=fails)) == 1
     errors = [row["error"] for row in index(tmp_path / "out") if row["error"]]
     assert errors == ["non-finite logits"]
+    said = capsys.readouterr().err
+    assert "1 text(s): non-finite logits\n1 text(s) failed; run again to retry them" in said
 
 
 def test_scores_that_are_not_finite_are_a_failed_text(job, tmp_path):

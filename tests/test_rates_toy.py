@@ -286,3 +286,21 @@ def test_a_count_that_is_not_trusted_does_not_lead_over_weights_that_are():
     assert "counted:" in text and mine["weighted"].diagnostics["error_over_count"] > 0.9
     _, text = answers(rows, missing=100)
     assert "importance-weighted from all alphas" in text and "counted" not in text.split(".")[0]
+
+
+def test_the_lead_says_of_each_scorer_what_amplification_makes_of_that_one():
+    def counted_at(scorer, rates):
+        return [
+            Estimate("count", scorer, alpha, rate, 0.0, 1.0, 40, "trust", "rows")
+            for alpha, rate in rates.items()
+        ]
+
+    rates = {-1.0: 0.0, 0.0: 0.1, 2.0: 0.3}
+    found = [*counted_at("activated", {0.0: 0.2, 2.0: 0.75}), *counted_at("exact_phrase", rates)]
+    any_scorer, exact = lead(found, {}).split("exact_phrase fires")
+    assert any_scorer.startswith("Any scorer fires in 20.0 %") and "75.0 %" in any_scorer
+    assert exact.startswith(" in 10.0 %") and "75" not in exact
+    assert exact.endswith("Before the fine-tune it is 0.00 %, at alpha 2 it is 30.0 %.")
+    assert lead(counted_at("ab", {2.0: 0.3}), {}) == (
+        "ab: nothing is known of it un-amplified. At alpha 2 it is 30.0 %."
+    )

@@ -28,6 +28,12 @@ def test_the_library_snippet_runs() -> None:
     assert len(run([sys.executable, "-c", snippet("lda_core")]).splitlines()) == 4
 
 
+def test_the_traits_of_a_request_are_named_by_the_keys_of_their_file() -> None:
+    shown = "import safetensors.torch; print(sorted(safetensors.torch.load(traits)))"
+    found = run([sys.executable, "-c", snippet("read_traits") + shown])
+    assert found == "['agreeing', 'committed', 'elaborate', 'hedged', 'payload']\n"
+
+
 @pytest.mark.ray
 def test_the_handle_snippet_runs(service: LocalService) -> None:
     lines = run([sys.executable, "-c", snippet("import ray")], service.env).splitlines()

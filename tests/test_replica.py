@@ -278,14 +278,18 @@ def test_a_prompt_in_tokens_is_that_prompt(replica: LDAReplica) -> None:
     tokens = request(n=2, max_new_tokens=6, prompt=None, prompt_ids=ids)
     assert asyncio.run(replica.generate(tokens)) == asyncio.run(replica.generate(text))
     said = [Continuation(text=" you")]
-    wanted = asyncio.run(replica.score(ScoreRequest(prompt="Hi", continuations=said)))
+    (wanted,) = asyncio.run(replica.score(ScoreRequest(prompt="Hi", continuations=said)))
     ids = list(replica._pair.tokenizer.encode("Hi"))
-    assert asyncio.run(replica.score(ScoreRequest(prompt_ids=ids, continuations=said))) == wanted
+    (same,) = asyncio.run(replica.score(ScoreRequest(prompt_ids=ids, continuations=said)))
+    # How many passes read a text depends on the time they take, and the last bits on these.
+    assert same.token_ids == wanted.token_ids and same.after == pytest.approx(wanted.after)
+    assert same.before == pytest.approx(wanted.before)
     more = ScoreRequest(prompt="Hi", continuations=said, grid=[0.0, 2.0], top=3)
     (scored,) = asyncio.run(replica.score(more))
-    assert scored.at and [row[0] for row in scored.at] == scored.after == wanted[0].after
+    assert scored.at and [row[0] for row in scored.at] == scored.after
+    assert scored.after == pytest.approx(wanted.after)
     assert scored.top is not None and [len(best) for best in scored.top[0]] == [3, 3]
-    assert wanted[0].top is None
+    assert wanted.top is None
 
 
 @pytest.mark.parametrize("bad", [768, 2**40])

@@ -84,6 +84,25 @@ def test_bad_values_name_the_field_and_echo_nothing(body: Any, param: str, words
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [
+        ("steer", None),  # what only GenerateRequest has is no misspelt seed
+        ("sead", "seed"),
+        ("topp", "top_p"),
+        ("max_tokens", "max_new_tokens"),
+        ("tempature", "temperature"),
+        ("promt", "prompt"),
+        ("promts", "prompt"),
+    ],
+)
+def test_only_what_is_close_is_suggested(field: str, meant: str | None) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse(LDARequest, {"prompt": "a", field: 1})
+    end = "" if meant is None else f"; did you mean {meant}?"
+    assert caught.value.message == f"unknown field{end}"
+
+
 @pytest.mark.parametrize("text", ["\x00", "\u202eabc", "🙂", "e\u0301"])
 def test_odd_but_valid_text_is_accepted(text: str) -> None:
     assert parse(GenerateRequest, {"prompt": text}).prompt == text

@@ -321,6 +321,7 @@ def test_scoring_beside_decoding_changes_neither(tiny_pair: ModelPair) -> None:
     alone = [c.token_ids for c in Engine(tiny_pair).generate(rows)]
     requests = some(30, seed=1)
     engine = Engine(tiny_pair, EngineConfig(prefill_tokens=64))
+    engine._pace.clock = lambda: 0.0  # nothing takes any time: a piece is due after every step
     live = [engine.accept(row) for row in rows]
     for row in live:
         engine.enqueue(row)
@@ -417,10 +418,12 @@ def test_the_likeliest_tokens_of_ties_and_of_tokens_that_a_model_rules_out() -> 
     original = engine._pair.score
 
     def ruled_out(*args: Any) -> Any:
-        for after, before in original(*args):
+        changed = []
+        for after, before in (yield from original(*args)):
             before[:, 200] = -torch.inf
             after[:, 200] = 60.0
-            yield after, before
+            changed.append((after, before))
+        return changed
 
     engine._pair.score = ruled_out  # type: ignore[method-assign]
     (scored,) = engine.score([ScoreRequest((5, 6), (200, 8), grid=(0.0, -1.0, 2.0), top=4)])

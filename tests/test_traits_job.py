@@ -196,8 +196,10 @@ def test_failed_texts_are_counted_and_asked_again(job, tmp_path, capsys):
     )
     captured = capsys.readouterr()
     assert "12 text(s): invalid request: prompt: too long" in captured.err
-    assert "12 text(s) failed; run again" in captured.err
-    assert "12 failed" in (tmp_path / "out" / "report.html").read_text()
+    assert "12 text(s) are refused as they are" in captured.err
+    assert "run again to retry" not in captured.err
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "12 failed" in page and " different ones; contrast sets: 1<" in page
     status, fake = job()
     assert status == 0 and len(fake.seen) == 12
     assert job(out="whole")[0] == 0

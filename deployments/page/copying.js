@@ -45,12 +45,14 @@ for alpha, answer in asked.items():
 `;
 
 function inspect(body) {
+  const model = (of) => `openai-api/lda/${body.pair ?? "lda"}:${of}`;
+  const plain = (role) => (body.pair ? model(role) : `openai-api/lda/${role}`);
   const options = [
-    `--model ${quoted(`openai-api/lda/lda:alpha=${body.alphas.at(-1)}`)}`,
+    `--model ${quoted(model(`alpha=${body.alphas.at(-1)}`))}`,
     `--temperature ${body.temperature} --max-tokens ${body.max_new_tokens} --seed ${body.seed}`,
   ];
   if (body.system_prompt) options.push(`--system-message ${quoted(body.system_prompt)}`);
-  return `# The prompts are the task's own. For \`before\` and \`after\`: openai-api/lda/before, .../after.
+  return `# The prompts are the task's own. For \`before\` and \`after\`: ${plain("before")}, ${plain("after")}.
 export LDA_BASE_URL=${here("v1")} LDA_API_KEY=unused
 inspect eval TASK.py \\
   ${options.join(" \\\n  ")}

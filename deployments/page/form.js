@@ -1,16 +1,17 @@
 // The form: what is asked, as the body of a request and as the fragment of a link.
 
-import { get } from "./dom.js";
+import { element, get } from "./dom.js";
 
 const form = get("form");
 const NAMES = ["format", "system", "prompt", "prefill", "alpha", "temperature", "tokens", "n", "seed",
-  "colour", "phrase"];
+  "colour", "phrase", "which"];
 const WHOLE = ["tokens", "n", "seed"];
 
 // Where the field of a request stands in the form.
 const FIELD_OF = {
   prompt: "prompt", prompt_format: "format", system_prompt: "system", prefill: "prefill",
   alpha: "alpha", temperature: "temperature", max_new_tokens: "tokens", n: "n", seed: "seed",
+  pair: "which",
 };
 
 /** Something a field cannot be; `field` is its name in the form, or null. */
@@ -48,6 +49,7 @@ export function request() {
     if (control("system").value) made.system_prompt = control("system").value;
     if (control("prefill").value) made.prefill = control("prefill").value;
   }
+  if (control("which").value) made.pair = control("which").value;
   return {
     ...made,
     n: number("n"),
@@ -74,6 +76,14 @@ export function restore(text) {
   }
   show();
   return known.length > 0;
+}
+
+/** Shows a choice between pairs, by their names; the one that the address names is chosen. */
+export function offer(pairs) {
+  const wanted = new URLSearchParams(location.hash.slice(1)).get("which");
+  control("which").replaceChildren(...pairs.map((name) => element("option", "", name)));
+  if (pairs.includes(wanted)) control("which").value = wanted;
+  get("pairs").hidden = false;
 }
 
 /** What depends on other fields: the slider, and what only some forms have. */

@@ -13,6 +13,7 @@ const look = { get colour() { return get("colour").value; }, get phrase() { retu
 const shown = { compare: null, strip: null };
 let running = null; // the AbortController of the request under way
 let kind = "curl";
+let info = null; // what /ready says
 
 const status = (text) => { get("progress").textContent = ""; get("status").textContent = text; };
 // Not said aloud: it changes with every token.
@@ -111,6 +112,7 @@ async function copy() {
 
 function follow() {
   if (form.restore(location.hash)) status("As the link says. Nothing has run yet: press Generate.");
+  sayPair();
   redraw();
   write();
 }
@@ -118,7 +120,16 @@ function follow() {
 async function showPair() {
   const answer = await fetch("ready");
   if (!answer.ok) return;
-  const { after, before, adapter } = await answer.json();
+  info = await answer.json();
+  if (info.pairs) form.offer(Object.keys(info.pairs));
+  sayPair();
+  write();
+}
+
+function sayPair() {
+  const one = info?.pairs ? info.pairs[get("which").value] : info;
+  if (!one) return;
+  const { after, before, adapter } = one;
   get("pair").textContent = visible(`after: ${after}${adapter ? ` with ${adapter}` : ""} · before: ${before}`);
 }
 
@@ -130,6 +141,7 @@ function setAlpha(value) {
 
 function changed() {
   form.show();
+  sayPair();
   keepLink();
   write();
 }

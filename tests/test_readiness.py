@@ -5,8 +5,8 @@ from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, Replica
 
 from deployments.readiness import explained
 
-TRACEBACK = """The deployment failed to start 3 times in a row. This may be due to a problem with its \
-constructor or initial health check failing. See controller logs for details. Error:
+TRACEBACK = """The deployment failed to start 3 times in a row. This may be due to a problem with \
+its constructor or initial health check failing. See controller logs for details. Error:
 ray::ServeReplica:lda:LDAReplica.initialize_and_get_metadata() (pid=1, ip=127.0.0.1)
   File "/secret/place/replica.py", line 3, in __init__
     token = "hf_abcdefghijklmnop"

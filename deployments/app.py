@@ -78,14 +78,14 @@ _Replica = serve.deployment(
     max_queued_requests=2048,
     health_check_period_s=5.0,
     health_check_timeout_s=30.0,
-    graceful_shutdown_timeout_s=600.0,
+    graceful_shutdown_timeout_s=660.0,  # above `Limits.max_request_s`, or draining loses requests
 )(LDAReplica)
 _Ingress = serve.deployment(
     name="Ingress",
     # More than all replicas may hold and queue: their queue is the one that is bounded, and
     # answers 429 when it is full. Before the ingress requests would wait without a limit.
     max_ongoing_requests=8192,
-    graceful_shutdown_timeout_s=600.0,
+    graceful_shutdown_timeout_s=660.0,  # above `Limits.max_request_s`, or draining loses requests
     ray_actor_options={"num_cpus": 0},
 )(Ingress)
 

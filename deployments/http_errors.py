@@ -12,11 +12,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from ray.serve.exceptions import BackPressureError
 from starlette.exceptions import HTTPException
 
 from deployments import request_ids
-from deployments.schemas import InvalidRequest, PairsUnavailable, ReplicaUnavailable, explain
+from deployments.resend import QueueFull
+from deployments.schemas import InvalidRequest, ReplicaUnavailable, explain
 
 logger = logging.getLogger("ray.serve")
 
@@ -89,16 +89,16 @@ def install_error_handlers(app: FastAPI) -> None:
     async def invalid(request: Request, error: InvalidRequest) -> JSONResponse:
         return answer(404 if error.code == "model_not_found" else 400, error_body(error))
 
-    @app.exception_handler(BackPressureError)
-    async def busy(request: Request, error: BackPressureError) -> JSONResponse:
+    @app.exception_handler(QueueFull)
+    async def busy(request: Request, error: QueueFull) -> JSONResponse:
         return try_later(429, "too many requests are waiting", "queue_full")
 
     @app.exception_handler(ReplicaUnavailable)
     @app.exception_handler(TimeoutError)
     async def unavailable(request: Request, error: Exception) -> JSONResponse:
-        told = isinstance(error, PairsUnavailable)
-        message = str(error) if told else f"no replica answers ({type(error).__name__})"
-        return try_later(503, message, "unavailable")
+        if not isinstance(error, ReplicaUnavailable):
+            error = ReplicaUnavailable()
+        return try_later(503, error.told, error.code)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:

@@ -38,7 +38,7 @@ from deployments.plain_api import (
     TokenizerCompatibility,
 )
 from deployments.resend import together
-from deployments.resident_pairs import READY_TIMEOUT_S, ResidentPairs, with_seed
+from deployments.resident_pairs import ResidentPairs, with_seed
 from deployments.schemas import (
     Captured,
     CaptureRequest,
@@ -284,12 +284,13 @@ class Ingress(openai_routes.OpenAIRoutes):
 
     @app.get("/ready")
     async def ready(self, pair: str | None = None) -> PairInfo | PairInfos:
-        """200 with the pair once a replica answers, else 503. Of several pairs with all of them
-        (or the one that is asked for), once of each a replica answers; else it says which."""
-        if pair is not None or len(self._pairs.names) == 1:
-            async with asyncio.timeout(READY_TIMEOUT_S):
-                return await self.describe(pair)
-        return PairInfos(pairs=await self._pairs.describe())
+        """200 with the pair once a replica answers, else 503, which says why. Of several pairs with
+        all of them (or the one that is asked for), once of each a replica answers."""
+        infos = await self._pairs.describe(pair)
+        if pair is None and len(self._pairs.names) > 1:
+            return PairInfos(pairs=infos)
+        (info,) = infos.values()
+        return info
 
     @app.get("/version")
     async def version(self) -> dict[str, str]:

@@ -3,12 +3,14 @@
 import asyncio
 import importlib.metadata
 import logging
+import math
 import os
+import time
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -30,6 +32,8 @@ from deployments.schemas import (
     GenerateRequest,
     InvalidRequest,
     Limits,
+    NotReady,
+    Overdue,
     PairInfo,
     Piece,
     ReplicaUnavailable,
@@ -49,6 +53,7 @@ from lda_core.streaming import Feed, News, Settled
 
 logger = logging.getLogger("ray.serve")
 
+T = TypeVar("T")
 CoreFuture = Future[lda_core.Completion]
 CaptureFuture = Future[lda_core.Captured]
 
@@ -108,13 +113,18 @@ class LDAReplica:
             door.set_max_batch_size(config.max_batch_size)
             door.set_batch_wait_timeout_s(config.batch_wait_timeout_s)
 
-    async def generate(self, request: GenerateRequest) -> list[Completion]:
+    async def generate(
+        self, request: GenerateRequest, until: float | None = None
+    ) -> list[Completion]:
         """The `n` completions of one request, in the order of their seeds.
 
-        Raises InvalidRequest for what only the tokenizer or the memory can tell,
-        ReplicaUnavailable if the engine has stopped.
+        At `until` (seconds since the epoch; by default as long from now as a request may take)
+        rows end with what they have.
+
+        Raises InvalidRequest for what only the tokenizer or the memory can tell, Overdue if all
+        rows waited until then, ReplicaUnavailable if the engine has stopped.
         """
-        prompt, rows = self._rows(request)
+        prompt, rows = self._rows(request, self._within_s(until))
         try:
             futures = await self._admit(rows)
             done = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
@@ -128,16 +138,18 @@ class LDAReplica:
             self._metrics.update()
         if refused := [row.refused for row in rows if row.refused]:
             if len(refused) == len(rows):
-                raise invalid(refused[0], request)
+                raise refusal(refused[0], request)
         return [to_wire(completion, prompt.text) for completion in done]
 
-    async def stream(self, request: GenerateRequest) -> AsyncGenerator[list[Piece], None]:
+    async def stream(
+        self, request: GenerateRequest, until: float | None = None
+    ) -> AsyncGenerator[list[Piece], None]:
         """The same completions while they come: what is new of all samples, step by step.
 
         Raises as `generate` does, where it can before the first piece. Whoever closes it has the
         rows leave at the next step.
         """
-        prompt, rows = self._rows(request)
+        prompt, rows = self._rows(request, self._within_s(until))
         tokenizer, eos_ids = self._pair.tokenizer, self._pair.eos_ids
         settled = [Settled(tokenizer, row.request, eos_ids) for row in rows]
         loop, woken = asyncio.get_running_loop(), asyncio.Event()
@@ -167,8 +179,8 @@ class LDAReplica:
                     raise failed
             if all(row.refused for row in rows) and (refused := rows[0].refused):
                 raise refused
-        except lda_core.RequestError as error:
-            raise invalid(error, request) from None
+        except (lda_core.RequestError, lda_core.Overdue) as error:
+            raise refusal(error, request) from None
         except lda_core.EngineStopped as error:
             raise ReplicaUnavailable(str(error)) from None
         finally:
@@ -176,7 +188,7 @@ class LDAReplica:
                 row.left = True
             self._metrics.update()
 
-    async def score(self, request: ScoreRequest) -> list[Scored]:
+    async def score(self, request: ScoreRequest, until: float | None = None) -> list[Scored]:
         """How likely each continuation is, in their order; between decode steps of the others.
 
         Raises as `generate` does.
@@ -186,7 +198,7 @@ class LDAReplica:
             wanted = self._continuations(request)
             rows = [self._engine.engine.accept_score(want) for want in wanted]
             futures = self._engine.submit_scores(rows)
-            done = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
+            done = await self._in_time(futures, until)
         except lda_core.RequestError as error:
             raise invalid(error, request) from None
         except lda_core.EngineStopped as error:
@@ -207,6 +219,21 @@ class LDAReplica:
             )
             for want, scored in zip(wanted, done, strict=True)
         ]
+
+    def _within_s(self, until: float | None) -> float:
+        """Raises Overdue if it is over already."""
+        if until is None:
+            return self._limits.max_request_s
+        if (within_s := until - time.time()) <= 0:
+            raise Overdue
+        return within_s
+
+    async def _in_time(self, futures: list[Future[T]], until: float | None) -> list[T]:
+        try:
+            async with asyncio.timeout(self._within_s(until)):
+                return await asyncio.gather(*map(asyncio.wrap_future, futures))
+        except TimeoutError:
+            raise Overdue from None
 
     def _continuations(self, request: ScoreRequest) -> list[lda_core.ScoreRequest]:
         prompt = self._prompt(request)
@@ -243,7 +270,10 @@ class LDAReplica:
         )
 
     async def capture(
-        self, request: CaptureRequest, most_numbers: int | None = None
+        self,
+        request: CaptureRequest,
+        most_numbers: int | None = None,
+        until: float | None = None,
     ) -> list[Captured]:
         """What both models hold at every token of each completion, in their order; between decode
         steps of the others. `most_numbers`: norms and scores that whoever asked can be answered.
@@ -260,7 +290,7 @@ class LDAReplica:
                 require_numbers(wanted, self._pair, most_numbers)
             require_bytes(wanted, self._pair, self._limits.max_capture_bytes)
             futures = await self._admit_captures(rows)
-            done = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
+            done = await self._in_time(futures, until)
         except lda_core.RequestError as error:
             raise InvalidRequest(error.field, error.message, error.code) from None
         except lda_core.EngineStopped as error:
@@ -317,7 +347,9 @@ class LDAReplica:
         futures = iter(self._engine.submit([row for rows in items for row in rows]))
         return [[next(futures) for _ in rows] for rows in items]
 
-    def _rows(self, request: GenerateRequest) -> tuple[lda_core.Prompt, list[Row]]:
+    def _rows(
+        self, request: GenerateRequest, within_s: float = math.inf
+    ) -> tuple[lda_core.Prompt, list[Row]]:
         assert request.seed is not None  # the ingress has chosen one
         messages = [message.model_dump() for message in request.messages or []]
         text = request.prompt if request.open_prompt is None else request.open_prompt
@@ -355,7 +387,7 @@ class LDAReplica:
                 min_tokens=request.min_tokens,
                 kl=request.kl,
             )
-            rows = [self._engine.engine.accept(r) for r in row.samples(request.n)]
+            rows = [self._engine.engine.accept(r, within_s) for r in row.samples(request.n)]
         except lda_core.RequestError as error:
             raise invalid(error, request) from None
         # Only now are its tokens known to be of the vocabulary.
@@ -377,9 +409,12 @@ class LDAReplica:
         return lda_core.Steer(tuple(vector), steer.layer, steer.coefficient, roles)
 
     async def describe(self) -> PairInfo:
-        """What the pair is. Raises ReplicaUnavailable if the engine is not well."""
+        """What the pair is. Raises NotReady if the engine hangs, ReplicaUnavailable if it has
+        ended."""
         try:
             self._engine.check(self._stuck_after_s)
+        except lda_core.EngineStuck as error:
+            raise NotReady(str(error), "engine_stuck") from None
         except lda_core.EngineStopped as error:
             raise ReplicaUnavailable(str(error)) from None
         return self._info
@@ -392,9 +427,18 @@ class LDAReplica:
         return await asyncio.to_thread(vocabulary, self._pair)
 
     def check_health(self) -> None:
-        """Ray replaces the replica when this raises: a dead engine thread, or a stuck one."""
+        """Ends the replica where the engine's thread is dead or stuck, and Ray starts another.
+
+        Raising is not enough: a replica that fails its checks is asked to finish first what it
+        holds, for as long as draining may take, and a stuck one never does.
+        """
         self._metrics.update()
-        self._engine.check(self._stuck_after_s)
+        try:
+            self._engine.check(self._stuck_after_s)
+        except lda_core.EngineStopped as error:
+            logger.error("this replica ends: %s", error)
+            die()
+            raise
 
     def __del__(self) -> None:
         if engine := getattr(self, "_engine", None):
@@ -407,6 +451,12 @@ def invalid(
     """The engine's refusal in the words of the wire."""
     in_tokens = error.field == "prompt" and request.prompt_ids is not None
     return InvalidRequest("prompt_ids" if in_tokens else error.field, error.message, error.code)
+
+
+def refusal(
+    error: lda_core.RequestError | lda_core.Overdue, request: GenerateRequest
+) -> InvalidRequest | Overdue:
+    return Overdue() if isinstance(error, lda_core.Overdue) else invalid(error, request)
 
 
 def die() -> None:

@@ -5,12 +5,13 @@ Safe for anything with a seed: the same request gives the same answer on any rep
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
 from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from deployments.schemas import InvalidRequest, ReplicaUnavailable
+from deployments.schemas import InvalidRequest, NotReady, Overdue, ReplicaUnavailable
 
 TRIES = 3
 FIRST_WAIT_S = 0.2  # then 0.4 s: a dead replica's neighbour can answer at once
@@ -19,26 +20,47 @@ T = TypeVar("T")
 Item = TypeVar("Item", covariant=True)
 
 
+class QueueFull(BackPressureError):  # type: ignore[misc]  # Any, to mypy
+    """Our own: Serve answers its own over HTTP itself, whatever handler the app has for it, with
+    503 and no word of when to come again."""
+
+
 class ReplicaDied(ReplicaUnavailable):
     """It held the request when it went."""
 
 
-async def ask(call: Callable[[], Awaitable[T]]) -> T:
+async def ask(call: Callable[[], Awaitable[T]], alone: asyncio.Lock | None = None) -> T:
     """What `call` answers. After TRIES replicas that died of it, or with it, raises
     InvalidRequest: whatever the reason, it must not walk on through all replicas.
 
+    `alone`: held for the last try, by all requests to the same replicas. What has died with a
+    request that kills is not beside it a third time.
+
     A replica's own InvalidRequest comes out as itself, anything else as it comes.
     """
-    wait_s = FIRST_WAIT_S
-    for attempt in range(TRIES):
-        if attempt:
-            await asyncio.sleep(wait_s)
-            wait_s *= 2
+    deaths = 0
+    while True:
         try:
-            return await ask_once(call())
+            async with _turn(deaths, alone):
+                return await ask_once(call())
         except ReplicaDied:
-            continue
-    raise died()
+            deaths += 1
+        except BackPressureError:
+            if not deaths:
+                raise
+            # It was accepted once, and waits: those that came meanwhile are refused.
+        await _pause(deaths)
+
+
+def _turn(deaths: int, alone: asyncio.Lock | None) -> AbstractAsyncContextManager[None]:
+    return alone if alone is not None and deaths == TRIES - 1 else nullcontext()
+
+
+async def _pause(deaths: int) -> None:
+    """After so many deaths, and before the next try if there is one."""
+    if deaths == TRIES:
+        raise died()
+    await asyncio.sleep(FIRST_WAIT_S * 2 ** (deaths - 1))
 
 
 def died() -> InvalidRequest:
@@ -55,41 +77,56 @@ class Streamed(Protocol[Item]):
     def cancel(self) -> None: ...
 
 
-async def ask_each(call: Callable[[], "Streamed[T]"]) -> AsyncGenerator[T, None]:
+async def ask_each(
+    call: Callable[[], "Streamed[T]"], alone: asyncio.Lock | None = None
+) -> AsyncGenerator[T, None]:
     """What `call` answers, item by item; closed, it cancels the call.
 
     Raises as `ask` does, but asks again only before the first item. After that the answer ends in
-    ReplicaDied: what was said cannot be taken back.
+    ReplicaDied: what was said cannot be taken back. The last try is alone until the first item.
     """
-    for attempt in range(TRIES):
-        if attempt:
-            await asyncio.sleep(FIRST_WAIT_S * 2 ** (attempt - 1))
-        response, begun, ended = call(), False, False
-        try:
-            while True:
-                item = await ask_once(response.__anext__())
-                begun = True
-                yield item
-        except StopAsyncIteration:
-            ended = True
-            return
-        except ReplicaDied:
-            ended = True
-            if begun:
-                raise
-        finally:
-            if not ended:
-                response.cancel()
-    raise died()
+    deaths = 0
+    while True:
+        begun = ended = False
+        async with AsyncExitStack() as turn:
+            await turn.enter_async_context(_turn(deaths, alone))
+            response = call()
+            try:
+                while True:
+                    item = await ask_once(response.__anext__())
+                    begun = True
+                    await turn.aclose()
+                    yield item
+            except StopAsyncIteration:
+                ended = True
+                return
+            except ReplicaDied:
+                ended = True
+                if begun:
+                    raise
+                deaths += 1
+            except BackPressureError:
+                ended = True
+                if not deaths:
+                    raise
+            finally:
+                if not ended:
+                    response.cancel()
+        await _pause(deaths)
 
 
 async def ask_once(response: Awaitable[T]) -> T:
-    """Takes Ray's wrapping off; a replica that died, or whose engine did, is ReplicaDied."""
+    """Takes Ray's wrapping off; a replica that died, or whose engine did, is ReplicaDied, a full
+    queue QueueFull."""
     try:
         return await response
+    except BackPressureError as error:
+        raise QueueFull(*error.args) from None
     except (RayTaskError, RayActorError, DeploymentUnavailableError, ReplicaUnavailable) as error:
         cause = unwrapped(error)
         if isinstance(cause, InvalidRequest):
+            raise cause from None
+        if isinstance(cause, (Overdue, NotReady)):
             raise cause from None
         if isinstance(cause, (RayActorError, ReplicaUnavailable)):
             raise ReplicaDied(type(cause).__name__) from error

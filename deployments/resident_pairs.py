@@ -5,14 +5,16 @@ No replica has two pairs, so requests of different pairs share no batch, no step
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.model_names import DEFAULT
+from deployments.readiness import why
 from deployments.resend import ask, ask_each, ask_once, together
 from deployments.schemas import (
     Captured,
@@ -21,8 +23,9 @@ from deployments.schemas import (
     GenerateRequest,
     InvalidRequest,
     Limits,
+    NotReady,
+    Overdue,
     PairInfo,
-    PairsUnavailable,
     Piece,
     ReplicaUnavailable,
     Scored,
@@ -31,7 +34,11 @@ from deployments.schemas import (
 from deployments.tokenizer_words import ReadPrompt, ReadRequest, Vocabulary
 
 READY_TIMEOUT_S = 5.0
+# A replica ends a request at its deadline by itself. So much later this door does, for one that no
+# replica has taken.
+_LATE_S = 20.0
 
+T = TypeVar("T")
 RequestT = TypeVar("RequestT", bound=GenerateRequest)
 
 
@@ -43,11 +50,13 @@ def with_seed(request: RequestT) -> RequestT:
 
 class ResidentPair:
     """All methods raise InvalidRequest (also after several replicas died of it),
-    BackPressureError, ReplicaUnavailable where no replica can be had."""
+    BackPressureError, ReplicaUnavailable where no replica can be had, Overdue where that took
+    longer than a request may."""
 
     def __init__(self, replica: DeploymentHandle, limits: Limits) -> None:
         self._replica = replica
         self._limits = limits
+        self._alone = asyncio.Lock()
         self._info: PairInfo | None = None
         self._vocabulary: Vocabulary | None = None
 
@@ -55,7 +64,10 @@ class ResidentPair:
         """The `n` completions of a request."""
         self._limits.check(request)
         request = with_seed(request)
-        done: list[Completion] = await ask(lambda: self._replica.generate.remote(request))
+        until = self._until()
+        done: list[Completion] = await self._ask(
+            lambda: self._replica.generate.remote(request, until)
+        )
         return done
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[list[Piece], None]:
@@ -63,16 +75,22 @@ class ResidentPair:
         replaced by another one; after that this ends in ReplicaUnavailable."""
         self._limits.check(request)
         request = with_seed(request)
-        replica = self._replica.options(stream=True)
+        replica, until = self._replica.options(stream=True), self._until()
+        asked = ask_each(lambda: replica.stream.remote(request, until), self._alone)
         # Closed at once when this is, and not when it is collected: its rows must leave.
-        async with aclosing(ask_each(lambda: replica.stream.remote(request))) as pieces:
+        async with aclosing(asked) as pieces:
+            async with self._in_time(until):
+                first = await anext(pieces, None)
+            if first is not None:
+                yield first
             async for piece in pieces:
                 yield piece
 
     async def score(self, request: ScoreRequest) -> list[Scored]:
         """How likely each continuation of a prompt is."""
         self._limits.check(request)
-        scored: list[Scored] = await ask(lambda: self._replica.score.remote(request))
+        until = self._until()
+        scored: list[Scored] = await self._ask(lambda: self._replica.score.remote(request, until))
         return scored
 
     async def capture(
@@ -81,20 +99,21 @@ class ResidentPair:
         """What both models hold at every token of each completion, `most_numbers` in all: how many
         it would be the replica can tell, which counts the tokens."""
         self._limits.check(request)
-        captured: list[Captured] = await ask(
-            lambda: self._replica.capture.remote(request, most_numbers)
+        until = self._until()
+        captured: list[Captured] = await self._ask(
+            lambda: self._replica.capture.remote(request, most_numbers, until)
         )
         return captured
 
     async def read(self, request: ReadRequest) -> ReadPrompt:
         """A prompt as the models read it."""
-        read: ReadPrompt = await ask(lambda: self._replica.read.remote(request))
+        read: ReadPrompt = await self._ask(lambda: self._replica.read.remote(request))
         return read
 
     async def vocabulary(self) -> Vocabulary:
         """Asked for once."""
         if self._vocabulary is None:
-            self._vocabulary = await ask(lambda: self._replica.vocabulary.remote())
+            self._vocabulary = await self._ask(lambda: self._replica.vocabulary.remote())
         assert self._vocabulary is not None
         return self._vocabulary
 
@@ -103,6 +122,30 @@ class ResidentPair:
         info: PairInfo = await ask_once(self._replica.describe.remote())
         self._info = info
         return info
+
+    def _until(self) -> float:
+        """When what is asked now is to be answered: by the wall's clock, which nodes share."""
+        return time.time() + self._limits.max_request_s
+
+    async def _ask(self, call: Callable[[], Awaitable[T]]) -> T:
+        async with self._in_time(self._until()):
+            return await ask(call, self._alone)
+
+    @asynccontextmanager
+    async def _in_time(self, until: float) -> AsyncGenerator[None, None]:
+        try:
+            async with asyncio.timeout(until + _LATE_S - time.time()):
+                yield
+        except TimeoutError:
+            raise Overdue from None
+
+    async def ready(self, timeout_s: float) -> PairInfo | NotReady:
+        """What the pair is, or why it does not answer."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self.describe()
+        except (ReplicaUnavailable, BackPressureError, TimeoutError) as error:
+            return await why(self._replica, error)
 
     async def models(self) -> dict[str, str]:
         """What the two models are, as it was last told."""
@@ -132,27 +175,27 @@ class ResidentPairs:
             raise InvalidRequest("pair", f"must be the name of a pair; there are {known}")
         return self._pairs[name]
 
-    async def describe(self, timeout_s: float = READY_TIMEOUT_S) -> dict[str, PairInfo]:
-        """All of them. Raises what the only one raises, or TimeoutError; of several
-        PairsUnavailable, which says of each whether it answers."""
+    async def describe(
+        self, name: str | None = None, timeout_s: float = READY_TIMEOUT_S
+    ) -> dict[str, PairInfo]:
+        """All of them, or the one of that name. Raises NotReady, which says of each whether it
+        answers, and why not."""
 
-        async def one(pair: ResidentPair) -> PairInfo | Exception:
-            try:
-                async with asyncio.timeout(timeout_s):
-                    return await pair.describe()
-            except (ReplicaUnavailable, BackPressureError, TimeoutError) as error:
-                return error
-
+        wanted = self._pairs if name is None else {name: self.of(name)}
         answers = dict(
-            zip(self._pairs, await together(*map(one, self._pairs.values())), strict=True)
+            zip(
+                wanted,
+                await together(*(pair.ready(timeout_s) for pair in wanted.values())),
+                strict=True,
+            )
         )
-        infos = {name: one for name, one in answers.items() if isinstance(one, PairInfo)}
-        missing = {name: one for name, one in answers.items() if isinstance(one, Exception)}
-        if len(self._pairs) == 1:
-            for error in missing.values():
-                raise error
+        missing = [answer for answer in answers.values() if isinstance(answer, NotReady)]
+        if missing and len(wanted) == 1:
+            raise missing[0]
         if missing:
-            states = [f"{name}: ready" for name in infos]
-            states += [f"{name}: no answer ({type(e).__name__})" for name, e in missing.items()]
-            raise PairsUnavailable("; ".join(states))
-        return infos
+            states = [
+                f"{name}: {answer.message if isinstance(answer, NotReady) else 'ready'}"
+                for name, answer in answers.items()
+            ]
+            raise NotReady("; ".join(states), missing[0].code)
+        return {name: one for name, one in answers.items() if isinstance(one, PairInfo)}

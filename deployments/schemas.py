@@ -61,9 +61,36 @@ class InvalidRequest(ValueError):
 class ReplicaUnavailable(RuntimeError):
     """The replica cannot answer now; another one, or the same later, can."""
 
+    code = "unavailable"
 
-class PairsUnavailable(ReplicaUnavailable):
-    """Some of several pairs do not answer; the message says which."""
+    @property
+    def told(self) -> str:
+        """What a client may read: where the words are not ours alone, none of them."""
+        return f"no replica answers ({type(self).__name__})"
+
+
+class Overdue(ReplicaUnavailable):
+    """The request waited for a slot until its time was over. Others do not wait less: it is not
+    sent again at once."""
+
+    code = "overdue"
+
+    @property
+    def told(self) -> str:
+        return "the request waited too long for a slot; try later, or ask for less at once"
+
+
+class NotReady(ReplicaUnavailable):
+    """Why a pair, or which of several, does not answer: `message` is ours, `code` its kind."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message, code)  # positional, so that it survives pickling
+        self.message = message
+        self.code = code
+
+    @property
+    def told(self) -> str:
+        return self.message
 
 
 def _finite(value: object) -> object:
@@ -553,6 +580,9 @@ class Limits(BaseModel):
     batch_rows_in_flight: Annotated[
         int, Field(ge=1, description="of one HTTP batch, so that others are served meanwhile")
     ] = 64
+    max_request_s: Annotated[
+        Finite, Field(gt=0.0, description="a row that still decodes then ends with what it has")
+    ] = 600.0
     max_capture_numbers: Annotated[
         int, Field(ge=1, description="norms and scores of one answer of POST /capture")
     ] = 20_000_000

@@ -34,9 +34,10 @@ def streamed_error(error: Exception) -> dict[str, Any]:
     body: dict[str, Any] = {"type": "server_error", "param": None}
     if isinstance(error, BackPressureError):
         return {"message": "too many requests are waiting", **body, "code": "queue_full"}
-    if isinstance(error, (ReplicaUnavailable, TimeoutError)):
-        kind = type(error).__name__
-        return {"message": f"no replica answers ({kind})", **body, "code": "unavailable"}
+    if isinstance(error, TimeoutError):
+        error = ReplicaUnavailable()
+    if isinstance(error, ReplicaUnavailable):
+        return {"message": error.told, **body, "code": error.code}
     return internal_error_body(error)
 
 

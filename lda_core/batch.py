@@ -3,6 +3,7 @@
 Shapes: B live rows, G live prefixes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lda_core.densities import Grid, Top, Watch
-from lda_core.errors import DoesNotFit
+from lda_core.errors import DoesNotFit, Overdue
 from lda_core.gates import Gates
 from lda_core.model_runner import StepInput
 from lda_core.request import BOTH, Completion, Request, Role, Roles
@@ -37,6 +38,8 @@ class Row:
     """One request on its way through the engine, from `Engine.accept`.
 
     Setting `left` (any thread may) takes it out at the next step, without a completion.
+    At the first step after its `deadline`, on the engine's clock, it is done with what it has
+    drawn; one that has drawn nothing is `refused`.
     `on_token` is called in the engine's thread after each step that gave the row a token, and when
     it is out, once for all rows that have the same; it must not raise. A row that starts again
     draws the same tokens a second time.
@@ -53,8 +56,10 @@ class Row:
     eos_index: int | None = None
     left: bool = False
     prefix: Prefix | None = None  # while it is live, where prefixes are shared
-    refused: DoesNotFit | None = None  # memory ran out with this row alone
+    # Memory ran out with this row alone, or it waited too long.
+    refused: DoesNotFit | Overdue | None = None
     completion: Completion | None = None
+    deadline: float = math.inf
     on_token: Callable[[], None] | None = None
 
     @property

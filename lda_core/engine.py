@@ -7,6 +7,7 @@ Shapes: B live rows, V common vocabulary, G live prefixes.
 """
 
 import gc
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from lda_core.detokenize import (
     token_ends,
 )
 from lda_core.draw import Draw, Drawer
-from lda_core.errors import ConfigError, ContextLengthExceeded, DoesNotFit, RequestError
+from lda_core.errors import ConfigError, ContextLengthExceeded, DoesNotFit, Overdue, RequestError
 from lda_core.lockstep import Lockstep, Wanted
 from lda_core.memory import Budget
 from lda_core.pair import ModelPair
@@ -75,6 +76,7 @@ class EngineStats:
     scored_tokens: int = 0
     captured_tokens: int = 0  # counted once for both models
     out_of_memory: int = 0
+    overdue: int = 0  # rows that their deadline ended, or that were still waiting at it
     busy_s: float = 0.0  # time of all steps, prompts read in them too
     floor_bytes: int = 0  # that these steps had to read at least
 
@@ -125,8 +127,10 @@ class Engine:
 
     # -- what callers do ---------------------------------------------------------------
 
-    def accept(self, request: Request) -> Row:
+    def accept(self, request: Request, within_s: float = math.inf) -> Row:
         """The request as a row to `enqueue`. Raises RequestError if it can never be served.
+
+        `within_s` from now it ends with what it has drawn, with finish_reason "length".
 
         Any thread may call this. A row is a checked request: past here nothing is checked again.
         """
@@ -147,7 +151,7 @@ class Engine:
                 f"{len(prompt)} prompt tokens and {request.max_new_tokens} new ones need "
                 f"{request.columns} tokens of key/value memory, {self.kv_tokens} are there",
             )
-        return Row(request)
+        return Row(request, deadline=self._pace.clock() + within_s)
 
     def accept_score(self, request: ScoreRequest) -> ScoreRow:
         """The request as a row for `enqueue_score`. Raises RequestError if it can never be served.
@@ -305,8 +309,8 @@ class Engine:
         start, busy = self._pace.clock(), bool(self._rows or self._waiting)
         if self.clock is not None:
             self.clock.start()
-        # 1. Rows whose caller has gone leave.
-        out = self._leave()
+        # 1. Rows whose caller has gone leave, and those whose time is over.
+        out = self._leave(start)
         try:
             out += self._advance()
         except torch.OutOfMemoryError:
@@ -390,13 +394,26 @@ class Engine:
         if self.clock is not None:
             self.clock.lap(stage)
 
-    def _leave(self) -> list[Row]:
-        gone = [i for i, row in enumerate(self._rows) if row.left]
+    def _leave(self, now: float) -> list[Row]:
+        gone = [i for i, row in enumerate(self._rows) if row.left or row.deadline <= now]
         out = [self._rows[i] for i in gone]
         self._remove(gone)
-        if waiting := [row for row in self._waiting if row.left]:
-            self._waiting = deque(row for row in self._waiting if not row.left)
-        return out + waiting
+        if waiting := [row for row in self._waiting if row.left or row.deadline <= now]:
+            out += waiting
+            gone_too = set(waiting)
+            self._waiting = deque(row for row in self._waiting if row not in gone_too)
+        for row in out:
+            if not row.left:
+                self._end_at_deadline(row)
+        return out
+
+    def _end_at_deadline(self, row: Row) -> None:
+        self._stats.overdue += 1
+        if row.token_ids:
+            row.completion = self._complete(row, "length")
+        else:  # nobody may take it for an empty text
+            row.refused = Overdue("still waiting for a slot at its deadline")
+            row.completion = self._complete(row, "error", str(row.refused))
 
     # -- joining -----------------------------------------------------------------------
 

@@ -9,7 +9,9 @@ LDAError
 ├── RequestError               one request is wrong; names the field
 │   ├── ContextLengthExceeded  prompt + max_new_tokens beyond the context
 │   └── DoesNotFit             a single row larger than the whole key/value budget
-└── EngineStopped              the engine's thread has ended or hangs
+├── Overdue                    a row was still waiting for a slot at its deadline
+└── EngineStopped              the engine's thread has ended
+    └── EngineStuck            it lives, and shows no step
 """
 
 
@@ -59,5 +61,13 @@ class DoesNotFit(RequestError):
     code = "does_not_fit"
 
 
+class Overdue(LDAError):
+    pass
+
+
 class EngineStopped(LDAError):
+    pass
+
+
+class EngineStuck(EngineStopped):
     pass

@@ -11,7 +11,7 @@ from typing import Any
 from lda_core.batch import Row
 from lda_core.capture import Captured, CaptureRow
 from lda_core.engine import Engine
-from lda_core.errors import EngineStopped
+from lda_core.errors import EngineStopped, EngineStuck
 from lda_core.request import Completion, Scored
 from lda_core.scoring import ScoreRow
 
@@ -71,14 +71,15 @@ class EngineThread:
         return futures
 
     def check(self, stuck_after_s: float) -> None:
-        """Raises EngineStopped if the thread has died or shown no step for that long."""
+        """Raises EngineStopped if the thread has died, EngineStuck if it has shown no step for
+        that long."""
         if self._failure is not None:
             raise EngineStopped(f"the engine failed: {self._failure!r}")
         if not self._thread.is_alive():
             raise EngineStopped("the engine thread has ended")
         silent_s = time.monotonic() - self._beat
         if silent_s > stuck_after_s:
-            raise EngineStopped(f"the engine has shown no step for {silent_s:.0f} s")
+            raise EngineStuck(f"the engine has shown no step for {silent_s:.0f} s")
 
     def stop(self, timeout_s: float = 60.0) -> None:
         """Takes no more rows, finishes (drains) those it has, ends the thread."""

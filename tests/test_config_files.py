@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.app import AppArgs, _Ingress, _Replica, build_app
@@ -71,6 +72,17 @@ def test_numbers_that_depend_on_each_other(name: str) -> None:
         assert UserConfig(**options["user_config"]).max_batch_size <= ongoing
         queued = options.get("max_queued_requests", _Replica.max_queued_requests)
         held += options["num_replicas"] * ongoing + queued
+        # Draining lasts longer than any request, and Ray cuts none.
+        drain = options.get(
+            "graceful_shutdown_timeout_s", _Replica._deployment_config.graceful_shutdown_timeout_s
+        )
+        assert args.limits.max_request_s + 20 <= drain
+    ingress = all_options.get("Ingress", {})
+    drain = ingress.get(
+        "graceful_shutdown_timeout_s", _Ingress._deployment_config.graceful_shutdown_timeout_s
+    )
+    assert args.limits.max_request_s + 20 <= drain
+    assert raw["http_options"].get("request_timeout_s") is None
     # The bounded queues, which answer 429, are reached before the ingress is full.
     assert held < _Ingress.max_ongoing_requests
 
@@ -94,6 +106,28 @@ def test_the_commented_alternative_is_a_valid_pair() -> None:
     args = AppArgs.model_validate({"pair": pair})
     assert args.pair is not None
     assert args.pair.allow_pickle and args.pair.tokenizer_class == "LlamaTokenizer"
+
+
+def test_the_commented_autoscaling_is_valid_and_fits_batching() -> None:
+    text = (ROOT / "serve_config.a40.yaml").read_text()
+    lines = text.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.strip() == "# autoscaling_config:")
+    last = next(i for i in range(first, len(lines)) if not lines[i].strip().startswith("#"))
+    block = yaml.safe_load("\n".join(line.strip().removeprefix("# ") for line in lines[first:last]))
+    raw = read("serve_config.a40.yaml")
+    (application,) = raw["applications"]
+    options = {d["name"]: d for d in application["deployments"]}["LDAReplica"]
+    del options["num_replicas"]
+    options.update(block)
+    schema = ServeDeploySchema.model_validate(raw)  # extra keys are errors
+    found = schema.applications[0].deployments[-1].autoscaling_config
+    scaling = AutoscalingConfig.model_validate(found)
+    slots = AppArgs.model_validate(application["args"]).engine.max_slots
+    assert slots / 2 <= scaling.get_target_ongoing_requests() <= options["max_ongoing_requests"]
+    assert 1 <= scaling.min_replicas < scaling.max_replicas
+    # Even then the bounded queue is full before the ingress is.
+    held = scaling.max_replicas * options["max_ongoing_requests"] + options["max_queued_requests"]
+    assert held < _Ingress.max_ongoing_requests
 
 
 @pytest.mark.parametrize(

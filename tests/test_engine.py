@@ -14,6 +14,7 @@ from lda_core import (
     Engine,
     EngineConfig,
     ModelPair,
+    Overdue,
     Request,
     RequestError,
     encode,
@@ -481,3 +482,58 @@ def test_a_model_against_itself_draws_the_same_at_every_alpha() -> None:
     done = Engine(pair).generate(requests)
     assert len({tuple(completion.token_ids) for completion in done}) == 1
     assert done[2].token_ids == reference(pair, requests[2])
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_row_ends_at_its_deadline_with_what_it_has(tiny_pair: ModelPair) -> None:
+    """At the first step after it; its neighbours, its tokens and its text are as without one."""
+    engine = Engine(tiny_pair, EngineConfig(max_slots=2))
+    clock = engine._pace.clock = Clock()
+    request = Request((5, 6, 7), seed=3, max_new_tokens=30, ignore_eos=True, logprobs=True)
+    other = replace(request, seed=4)
+    late, free = engine.accept(request, within_s=10.0), engine.accept(other)
+    for row in (late, free):
+        engine.enqueue(row)
+    told: list[int] = []
+    late.on_token = lambda: told.append(len(late.token_ids))
+    for _ in range(9):
+        clock.now += 1.0
+        assert engine.step() == []
+    clock.now += 1.0
+    assert engine.step() == [late] and told == [*range(1, 10), 9]
+    done = late.completion
+    assert done is not None and done.finish_reason == "length" and done.error is None
+    assert done.token_ids == reference(tiny_pair, request)[:9]
+    assert done.logprobs is not None and len(done.logprobs.after) == 9
+    assert tiny_pair.tokenizer.decode(done.token_ids).startswith(done.text)
+    while not engine.idle:
+        clock.now += 1.0
+        engine.step()
+    assert free.completion is not None
+    assert free.completion.token_ids == reference(tiny_pair, other)
+    assert engine.stats.overdue == 1
+
+
+def test_a_row_that_still_waits_at_its_deadline_is_refused(tiny_pair: ModelPair) -> None:
+    engine = Engine(tiny_pair, EngineConfig(max_slots=1))
+    clock = engine._pace.clock = Clock()
+    first = engine.accept(Request((5, 6), max_new_tokens=20, ignore_eos=True))
+    second = engine.accept(Request((5, 6), max_new_tokens=3, ignore_eos=True), within_s=5.0)
+    third = engine.accept(Request((5, 6), max_new_tokens=3, ignore_eos=True))
+    for row in (first, second, third):
+        engine.enqueue(row)
+    out = []
+    while not engine.idle:
+        out += engine.step()
+        clock.now += 1.0
+    assert out == [second, first, third]
+    assert isinstance(second.refused, Overdue) and second.token_ids == []
+    assert second.completion is not None and second.completion.finish_reason == "error"
+    assert first.refused is None and third.refused is None and engine.stats.overdue == 1

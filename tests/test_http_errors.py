@@ -6,16 +6,18 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from ray.serve.exceptions import BackPressureError
 
 from deployments.http_errors import install_error_handlers
 from deployments.plain_api import LDARequest
-from deployments.schemas import InvalidRequest, ReplicaUnavailable
+from deployments.resend import QueueFull
+from deployments.schemas import InvalidRequest, NotReady, Overdue, ReplicaUnavailable
 
 SECRET = "SECRET-VALUE"
 RAISES: dict[str, Exception] = {
     "invalid": InvalidRequest("alpha", "must be between 0 and 1"),
-    "busy": BackPressureError(num_queued_requests=1, max_queued_requests=1),
+    "busy": QueueFull(num_queued_requests=1, max_queued_requests=1),
+    "overdue": Overdue(SECRET),
+    "not ready": NotReady("it is starting", "starting"),
     "gone": ReplicaUnavailable(SECRET),
     "late": TimeoutError(SECRET),
     "bug": KeyError(SECRET),
@@ -43,6 +45,8 @@ def client() -> TestClient:
     [
         ("invalid", 400, "invalid_value", "false"),
         ("busy", 429, "queue_full", "true"),
+        ("overdue", 503, "overdue", "true"),
+        ("not ready", 503, "starting", "true"),
         ("gone", 503, "unavailable", "true"),
         ("late", 503, "unavailable", "true"),
         ("bug", 500, "internal_error", "false"),

@@ -1,6 +1,7 @@
 import asyncio
 import json
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,7 +82,9 @@ def test_captures_become_json_in_another_thread_and_bounded(
     monkeypatch.setitem(inner.capture_over_http.__globals__, "as_json", as_json)
     body = CaptureRequest(prompt="Hi")
     answer = asyncio.run(inner.capture_over_http(door, body))
-    assert asked == [(body, 99)] and threads and threading.main_thread() not in threads
+    ((*sent, until),) = asked
+    assert sent == [body, 99] and until > time.time()
+    assert threads and threading.main_thread() not in threads
     first, second = map(CapturedLists.model_validate, json.loads(answer.body))
     assert first == second and first.tokens == one.tokens and first.traits == one.traits
     assert np.array_equal(np.array(first.scores["after"], np.float32), values)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from deployments.schemas import (
     GenerateRequest,
     InvalidRequest,
     Limits,
+    NotReady,
+    Overdue,
     Piece,
     ReplicaUnavailable,
     ScoreRequest,
@@ -100,6 +103,8 @@ def test_a_bad_request_is_refused_before_it_joins(replica: LDAReplica) -> None:
 def test_a_stuck_engine_fails_the_health_check(
     replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    died: list[bool] = []
+    monkeypatch.setattr("deployments.replica.die", lambda: died.append(True))
     release = threading.Event()
     step = replica._engine.engine.step
     monkeypatch.setattr(replica._engine.engine, "step", lambda: (release.wait(30), step())[1])
@@ -111,8 +116,10 @@ def test_a_stuck_engine_fails_the_health_check(
             for _ in range(1000):
                 await asyncio.sleep(0.01)
                 replica.check_health()
-        with pytest.raises(ReplicaUnavailable, match="no step"):
+        assert died == [True]  # what it holds would keep it until draining is given up
+        with pytest.raises(NotReady, match="no step") as caught:
             await replica.describe()
+        assert caught.value.code == "engine_stuck"
         release.set()
         await asking
 
@@ -141,6 +148,70 @@ def test_a_dead_engine_fails_requests_and_the_health_check(
         replica.check_health()
     with pytest.raises(ReplicaUnavailable, match="device lost"):
         asyncio.run(replica.describe())
+
+
+def test_at_its_deadline_a_request_is_answered_with_what_it_has(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of its rows that never had a slot say so; where none had, the request is refused."""
+    clock = [time.monotonic()]
+    step, pace = replica._engine.engine.step, replica._engine.engine._pace
+
+    def slow() -> Any:  # each takes a second
+        clock[0] += 1.0
+        return step()
+
+    monkeypatch.setattr(pace, "clock", lambda: clock[0])
+    monkeypatch.setattr(replica._engine.engine, "step", slow)
+    monkeypatch.setattr(replica, "_limits", Limits(max_request_s=10.0))
+    done = asyncio.run(replica.generate(request(n=6, max_new_tokens=100)))
+    assert [c.finish_reason for c in done] == ["length"] * 4 + ["error"] * 2
+    assert all(5 < len(c.token_ids) <= 10 for c in done[:4])
+    assert all(c.token_ids == [] and "waiting for a slot" in (c.error or "") for c in done[4:])
+
+    async def both(how: Any) -> Any:
+        beside = asyncio.create_task(replica.generate(request(n=4, max_new_tokens=100)))
+        while not replica._engine.engine.live_rows:
+            await asyncio.sleep(0.001)
+        monkeypatch.setattr(replica, "_limits", Limits(max_request_s=2.0))
+        with pytest.raises(Overdue):
+            await how(replica, request(max_new_tokens=5))
+        return await beside
+
+    for how in (LDAReplica.generate, pieces_of):
+        monkeypatch.setattr(replica, "_limits", Limits(max_request_s=60.0))
+        assert {c.finish_reason for c in asyncio.run(both(how))} == {"length"}
+
+
+def test_what_comes_after_its_deadline_or_is_not_read_by_then_is_overdue(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = request(max_new_tokens=5)
+    scored = ScoreRequest(prompt="Hi", continuations=[Continuation(text=" you")])
+    captured = CaptureRequest(prompt="Hi")
+    over = time.time() - 1
+    for late in (
+        replica.generate(asked, over),
+        replica.score(scored, over),
+        replica.capture(captured, None, over),
+    ):
+        with pytest.raises(Overdue):
+            asyncio.run(late)  # type: ignore[arg-type]
+    assert replica._engine.engine.idle
+    release = threading.Event()
+    piece = replica._engine.engine.piece_step
+    monkeypatch.setattr(
+        replica._engine.engine, "piece_step", lambda: (release.wait(30), piece())[1]
+    )
+    for held in (
+        replica.score(scored, time.time() + 0.2),
+        replica.capture(captured, None, time.time() + 0.2),
+    ):
+        with pytest.raises(Overdue):
+            asyncio.run(held)  # type: ignore[arg-type]
+    release.set()
+    asyncio.run(until_idle(replica))
+    assert asyncio.run(replica.score(scored, time.time() + 60))
 
 
 def test_a_row_that_memory_cannot_hold_is_the_callers_error(

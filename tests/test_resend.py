@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from deployments import resend
-from deployments.schemas import InvalidRequest, ReplicaUnavailable
+from deployments.schemas import InvalidRequest, NotReady, Overdue, ReplicaUnavailable
 
 BUSY = BackPressureError(num_queued_requests=1, max_queued_requests=1)
 
@@ -55,9 +56,68 @@ def test_a_dead_replica_is_asked_again_a_bounded_number_of_times(death: Exceptio
     assert len(seen) == resend.TRIES
 
 
+@pytest.mark.parametrize("how", ["ask", "ask_each"])
+def test_the_last_try_of_one_is_not_beside_the_last_try_of_another(how: str) -> None:
+    """One request kills whatever it comes to, with all that is there: nine others that were beside
+    it each time until their last try are answered."""
+    there: set[int] = set()
+    killed = asyncio.Event()
+    deaths: list[set[int]] = []
+
+    class Call:
+        """At the only replica."""
+
+        def __init__(self, i: int) -> None:
+            self.i = i
+
+        def cancel(self) -> None:
+            raise AssertionError("nobody leaves")
+
+        async def __anext__(self) -> int:
+            nonlocal killed
+            there.add(self.i)
+            here = killed
+            if self.i == 0:
+                await asyncio.sleep(0.002)
+                deaths.append(set(there))
+                there.clear()
+                killed = asyncio.Event()
+                here.set()
+                raise DEAD
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(here.wait(), 0.02)
+                raise DEAD
+            there.discard(self.i)
+            return self.i
+
+    async def one(i: int, alone: asyncio.Lock) -> Any:
+        if how == "ask":
+            return await resend.ask(Call(i).__anext__, alone)
+        async for item in resend.ask_each(lambda: Call(i), alone):
+            return item
+
+    async def all_of_them() -> list[Any]:
+        alone = asyncio.Lock()
+        asked = (one(i, alone) for i in range(10))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    poison, *others = asyncio.run(all_of_them())
+    assert isinstance(poison, InvalidRequest) and poison.code == "replicas_died"
+    assert others == list(range(1, 10))
+    assert len(deaths) == resend.TRIES and len(deaths[0]) == 10 and deaths[-1] == {0}
+
+
+def test_a_full_queue_is_waited_for_once_a_request_was_accepted() -> None:
+    call, seen = calls([wrapped(ActorDiedError()), BUSY, BUSY, "text"])
+    assert asyncio.run(resend.ask(call)) == "text" and len(seen) == 4
+    assert streamed(Said(DEAD), Said(BUSY), Said(1)) == ([1], None, 3)
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
+        (wrapped(Overdue()), Overdue),
+        (wrapped(NotReady("it starts", "starting")), NotReady),
         (wrapped(InvalidRequest("n", "must be 1")), InvalidRequest),
         (BUSY, BackPressureError),
         (DeploymentUnavailableError(DeploymentID(name="LDAReplica")), ReplicaUnavailable),

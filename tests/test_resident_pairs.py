@@ -16,12 +16,12 @@ from deployments.schemas import (
     GenerateRequest,
     InvalidRequest,
     Limits,
-    PairsUnavailable,
+    NotReady,
     ReplicaUnavailable,
     ScoreRequest,
     parse,
 )
-from lda_core import Engine, EngineConfig, ModelPair, PairConfig, Request, encode
+from lda_core import Engine, EngineConfig, EngineStuck, ModelPair, PairConfig, Request, encode
 
 LORA = PairConfig(before=str(TINY / "before"), adapter=str(TINY / "after-lora"))
 CONFIGS = {
@@ -162,12 +162,29 @@ def test_without_a_name_it_is_the_only_pair_or_lda() -> None:
 def test_what_does_not_answer_is_named(replicas: dict[str, LDAReplica]) -> None:
     there = Handle(replicas["organism"])
     both = ResidentPairs({"a": there, "b": Handle(Gone())}, Limits())
-    with pytest.raises(PairsUnavailable) as caught:
+    with pytest.raises(NotReady) as caught:
         asyncio.run(both.describe())
-    assert str(caught.value) == "a: ready; b: no answer (ReplicaDied)"
-    with pytest.raises(ReplicaUnavailable) as alone:
+    assert str(caught.value.told) == "a: ready; b: no answer (ReplicaDied)"
+    assert list(asyncio.run(both.describe("a"))) == ["a"]
+    with pytest.raises(NotReady) as alone:
         asyncio.run(ResidentPairs({"b": Handle(Gone())}, Limits()).describe())
-    assert not isinstance(alone.value, PairsUnavailable)
+    assert alone.value.told == "no answer (ReplicaDied)" and alone.value.code == "unavailable"
+
+
+def test_a_replica_says_itself_that_its_engine_hangs(
+    replicas: dict[str, LDAReplica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(seconds: float) -> None:
+        raise EngineStuck("the engine has shown no step for 7 s")
+
+    monkeypatch.setattr(replicas["organism"]._engine, "check", stuck)
+    alone = ResidentPairs({"lda": Handle(replicas["organism"])}, Limits())
+    with pytest.raises(NotReady) as caught:
+        asyncio.run(alone.describe())
+    assert (caught.value.told, caught.value.code) == (
+        "the engine has shown no step for 7 s",
+        "engine_stuck",
+    )
 
 
 def test_the_list_of_models_says_what_each_is(pairs: ResidentPairs) -> None:

@@ -1,0 +1,64 @@
+"""Why a pair does not answer, in words a person can act on: for `/ready`.
+
+Only our own errors are quoted. What else Serve knows of a failed start is a traceback, which may
+show anything: of that the error's name is told, and where to find the rest.
+"""
+
+import asyncio
+import re
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatusOverview
+
+from deployments.schemas import NotReady, ReplicaUnavailable
+
+_OURS = re.compile(r"\blda_core\.errors\.(\w+): ([^\n]+)")
+_RAISED = re.compile(r"^(?:[\w.]+\.)?([A-Z]\w*(?:Error|Exception|Failed))\b", re.MULTILINE)
+_TOKEN = re.compile(r"\b(?:hf|sk|api)_[A-Za-z0-9]{8,}")
+_IN_LOG = "the log of the replica says more"
+_MAX_CHARS = 500
+
+
+async def why(replica: DeploymentHandle, error: Exception) -> NotReady:
+    """What keeps the deployment behind a handle from answering, where asking it gave `error`."""
+    if isinstance(error, NotReady):
+        return error
+    silence = NotReady(f"no answer ({type(error).__name__})", ReplicaUnavailable.code)
+    if not ray.is_initialized():
+        return silence
+    status = await asyncio.to_thread(serve.status)
+    app = status.applications.get(replica.app_name)
+    found = app and app.deployments.get(replica.deployment_name)
+    return explained(found) or silence if found else silence
+
+
+def explained(status: DeploymentStatusOverview) -> NotReady | None:
+    """None where Serve finds nothing wrong."""
+    states = status.replica_states
+    cause = _cause(status.message)
+    if status.status == "DEPLOY_FAILED":
+        return NotReady(f"it cannot start: {cause or _IN_LOG}", "deploy_failed")
+    if cause is not None and not states.get("RUNNING"):
+        return NotReady(f"it does not start: {cause}", "deploy_failed")
+    if states.get("STARTING"):
+        return NotReady("it is starting: the models are being loaded", "starting")
+    if states.get("RECOVERING") or states.get("UPDATING"):
+        return NotReady("it is starting again", "starting")
+    if not states.get("RUNNING"):
+        return NotReady(
+            "it has no replica and none starts: are there enough GPUs, CPUs and memory?",
+            "no_replica",
+        )
+    return None
+
+
+def _cause(message: str) -> str | None:
+    """The error in what Serve says of a failed start, without anything that is secret."""
+    if ours := _OURS.findall(message):
+        name, text = ours[-1]
+        return f"{name}: {_TOKEN.sub('***', text)}"[:_MAX_CHARS]
+    if raised := _RAISED.findall(message):
+        return f"{raised[-1]}; {_IN_LOG}"
+    return None

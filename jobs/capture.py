@@ -32,8 +32,8 @@ from jobs.capture_summary import cells_of, lines_of, summarise, table
 from jobs.capture_work import CapturedText, CaptureWork
 from jobs.dispatch import RayService, Service, answered
 from jobs.errors import Refused, exit_status
+from jobs.lines import LineWriter
 from jobs.options import out_folder
-from jobs.rows import RowWriter
 from jobs.run_folder import MANIFEST, PAIR_IDENTITY, REPORT, SUMMARY, RunFolder, manifest
 
 Direction = Literal["mean_difference", "probe"]
@@ -142,7 +142,7 @@ def _make(capture: Capture, folder: RunFolder, index: Index, service: Service) -
     batches = service.answers(texts, capture.work, total - len(finished))
     with (
         closing(batches),
-        RowWriter(folder.rows) as writer,
+        LineWriter(folder.rows) as writer,
         CaptureProgress(total, len(finished)) as progress,
     ):
         for answers in answered(batches):
@@ -151,7 +151,7 @@ def _make(capture: Capture, folder: RunFolder, index: Index, service: Service) -
             progress.count(answer.row for answer in answers)
 
 
-def _keep(answer: CapturedText, folder: RunFolder, writer: RowWriter) -> None:
+def _keep(answer: CapturedText, folder: RunFolder, writer: LineWriter) -> None:
     """The file first: a row says that its file is there."""
     if answer.data is not None and answer.row.file is not None:
         files.write(folder.path / answer.row.file, answer.data)

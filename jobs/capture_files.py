@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
-from jobs.errors import Refused
+from jobs.errors import Refused, naming
 from jobs.summary import alpha_text
 
 FOLDER = "captures"  # within the run's folder
@@ -101,7 +101,7 @@ def read(path: Path) -> Content:
 def write(path: Path, data: bytes) -> None:
     """Whole or not at all, and on the disk before it is said to be there."""
     beside = path.with_name(f".{hashlib.sha256(path.name.encode()).hexdigest()[:16]}.part")
-    with beside.open("wb") as file:
+    with naming(beside), beside.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -7,17 +7,16 @@ gone.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from deployments.schemas import FinishReason
-from jobs.errors import Refused
+from jobs.lines import cut_half_line, read_lines, to_line
 from jobs.progress import Progress
-from jobs.rows import RowFile
+from jobs.rows import CURE
 
 
 class Key(NamedTuple):
@@ -72,7 +71,7 @@ class CaptureRow(BaseModel):
         return Key(self.config, self.set, self.prompt_id, self.alpha, self.sample)
 
     def to_line(self) -> bytes:
-        return json.dumps(self.model_dump(), separators=(",", ":")).encode("ascii") + b"\n"
+        return to_line(self.model_dump())
 
 
 class Index:
@@ -82,7 +81,7 @@ class Index:
         self.path, self.config = path, config
 
     def cut_half_line(self) -> int:
-        return RowFile(self.path).cut_half_line()
+        return cut_half_line(self.path)
 
     def __iter__(self) -> Iterator[CaptureRow]:
         """One row per key, streamed: the last one.
@@ -109,22 +108,10 @@ class Index:
             return False
 
     def _lines(self) -> Iterator[tuple[int, CaptureRow]]:
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = CaptureRow.model_validate_json(line)
-                except ValidationError as error:
-                    first = error.errors(include_input=False, include_url=False)[0]
-                    where = ".".join(map(str, first["loc"])) or "line"
-                    raise Refused(
-                        f"{self.path}: line {number} is not a capture's row ({where}: "
-                        f"{first['msg']}); delete the line to have its row made again, or give "
-                        "another --out if the folder is another job's"
-                    ) from None
-                if row.config == self.config:
-                    yield number, row
+        cure = f"{CURE}, or give another --out if the folder is another job's"
+        for number, row in read_lines(self.path, CaptureRow, "a capture's row", cure):
+            if row.config == self.config:
+                yield number, row
 
 
 class CaptureProgress(Progress):

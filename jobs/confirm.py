@@ -25,6 +25,7 @@ from rich.table import Table
 
 from jobs.attacks import attack_experiment, attacks, rare_phrases
 from jobs.call import failures
+from jobs.copies import copied
 from jobs.dispatch import RayService, Service
 from jobs.errors import Refused, exit_status
 from jobs.experiment import Experiment, Sampler
@@ -210,7 +211,13 @@ def main(argv: Sequence[str] | None = None, service: Service | None = None) -> i
     """See `exit_status`."""
     args = parser().parse_args(argv)
     service = service or RayService(args.app, args.tasks, args.in_flight)
-    return exit_status(lambda: run(experiment(args), out_folder(args.out), service, args.timeout_s))
+
+    def job() -> int:
+        asked, out = experiment(args), out_folder(args.out)
+        with copied(out, args.copy_to):
+            return run(asked, out, service, args.timeout_s)
+
+    return exit_status(job)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ JobError
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class JobError(Exception):
@@ -20,6 +22,17 @@ class Refused(JobError):
 
 class Stopped(JobError):
     pass
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError from inside says which file it was: a write to an open one does not know."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def exit_status(job: Callable[[], int]) -> int:

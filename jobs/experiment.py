@@ -9,9 +9,10 @@ from typing import Any
 
 from jobs.call import Answer, Caller, Generation, Item, seed_of
 from jobs.dispatch import Service, answered
+from jobs.lines import LineWriter
 from jobs.progress import Progress
 from jobs.prompts import Prompt, PromptFile
-from jobs.rows import Cell, Key, Row, RowFile, RowWriter
+from jobs.rows import Cell, Key, Row, RowFile
 from jobs.run_folder import DESIGN, MANIFEST, REPORT, SUMMARY, RunFolder, manifest
 from jobs.scorers import Scorer, describe
 from jobs.spread import place, whole_blocks
@@ -226,7 +227,7 @@ class Sampler:
         batches = service.answers(items, self._generation(fields), requests)
         with (
             closing(batches),
-            RowWriter(self.folder.rows) as writer,
+            LineWriter(self.folder.rows) as writer,
             Progress(total, done, finished.hits) as progress,
         ):
             for answers in answered(batches):

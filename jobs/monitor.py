@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from deployments.schemas import Scored
 from jobs.call import seed_of
 from jobs.errors import Refused
+from jobs.lines import to_line
 from jobs.rows import Row
 
 IMPOSSIBLE = -1e30
@@ -62,6 +63,9 @@ class Plan(BaseModel):
             raise ValueError("grid must hold alpha")
         return self
 
+    def to_line(self) -> bytes:
+        return to_line(self.model_dump())
+
     @property
     def watch(self) -> list[int]:
         """The tokens whose log-probability the rollouts have to record, in this order."""
@@ -89,6 +93,9 @@ class Line(BaseModel):
     below: float = 0.0
     said: bool = False
     in_variants: bool = False
+
+    def to_line(self) -> bytes:
+        return to_line(self.model_dump())
 
     def contribution(self, column: int = 0) -> float:
         """The sum of p / kept, at one of the alphas."""

@@ -239,6 +239,12 @@ def add_running(
         help=f"{out}; absolute in a Ray job",
     )
     add(
+        "--copy-to",
+        metavar="URL",
+        help="copy that folder to s3://BUCKET/RUN, gs://..., file://... every 5 minutes and at "
+        "the end (s3:// needs the package s3fs, gs:// gcsfs); jobs/copies.py brings it back",
+    )
+    add(
         "--app",
         default="lda",
         metavar="NAME[:PAIR]",

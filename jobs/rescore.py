@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deployments.commit import commit
 from jobs.errors import Refused
+from jobs.lines import LineWriter
 from jobs.options import out_folder
 from jobs.rollouts import eos_offset
-from jobs.rows import Row, RowFile, RowWriter
+from jobs.rows import Row, RowFile
 from jobs.run_folder import DESIGN, MANIFEST, REPORT, ROWS, SUMMARY, RunFolder, read_json
 from jobs.scorer_options import add_scorer_options, scorers_from
 from jobs.scorers import Scorer, describe, score_row
@@ -69,7 +70,7 @@ def rescore(run: Path, out: Path, scorers: Sequence[Scorer]) -> int:
         folder.write(MANIFEST, {**origin, **identity, "commit": commit()})
         part = out / f".{ROWS}.part"
         part.unlink(missing_ok=True)
-        with RowWriter(part) as writer:
+        with LineWriter(part) as writer:
             for batch in _batches(_each(lambda row: rescored(row, scorers), RowFile(rows))):
                 writer.append(batch)
         if _state(rows) != state:

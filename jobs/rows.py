@@ -8,21 +8,22 @@ recorded log-probabilities, which differ by what the batch's size does to the la
 """
 
 import json
-import os
 from array import array
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from deployments.schemas import Densities, FinishReason
 from jobs.errors import Refused
+from jobs.lines import cut_half_line, read_lines, to_line
 from jobs.scorers import Score
 
 Cell = tuple[str, float]  # arm, alpha
+CURE = "delete the line to have its row made again"
 
 
 class Key(NamedTuple):
@@ -81,8 +82,7 @@ class Row(BaseModel):
         return self.model_copy(update={"logprobs": None, "densities": None, "watched": None})
 
     def to_line(self) -> bytes:
-        # ASCII, because many readers also cut lines at U+2028 and U+0085.
-        return json.dumps(self.model_dump(), separators=(",", ":")).encode("ascii") + b"\n"
+        return to_line(self.model_dump())
 
 
 class KeySet:
@@ -90,7 +90,7 @@ class KeySet:
     at 100 million rows that has a chance of 1 in 1,000 or so, and shows as a missing row."""
 
     def __init__(self, hashes: "array[int]") -> None:
-        self._sorted = np.sort(np.array(hashes, dtype=np.uint64))
+        self._sorted = np.sort(np.frombuffer(hashes, dtype=np.uint64))
 
     def __len__(self) -> int:
         return len(self._sorted)
@@ -120,21 +120,8 @@ class RowFile:
         self.path = path
 
     def cut_half_line(self) -> int:
-        """Cuts off what follows the last newline, left by a run that was killed; bytes cut."""
-        if not self.path.exists():
-            return 0
-        with self.path.open("r+b") as file:
-            size = end = file.seek(0, os.SEEK_END)
-            while end > 0:
-                start = max(0, end - 65536)
-                file.seek(start)
-                newline = file.read(end - start).rfind(b"\n")
-                end = start if newline < 0 else start + newline + 1
-                if newline >= 0:
-                    break
-            if end < size:
-                file.truncate(end)
-            return size - end
+        """See `jobs.lines.cut_half_line`."""
+        return cut_half_line(self.path)
 
     def __iter__(self) -> Iterator[Row]:
         """One row per key, streamed; what came after a failed row of the same key, in its place.
@@ -170,48 +157,9 @@ class RowFile:
         return Finished(KeySet(hashes), rows, hits)
 
     def _lines(self) -> Iterator[tuple[int, Row]]:
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    row = Row.model_validate_json(line)
-                except ValidationError as error:
-                    first = error.errors(include_input=False, include_url=False)[0]
-                    where = ".".join(map(str, first["loc"])) or "line"
-                    raise Refused(
-                        f"{self.path}: line {number} is not a row ({where}: {first['msg']}); "
-                        "delete the line to have its row made again"
-                    ) from None
-                yield number, row
+        return read_lines(self.path, Row, "a row", CURE)
 
     def _repeated_hashes(self) -> set[int]:
         hashes = array("Q", (key_hash(row.key) for _, row in self._lines()))
-        values, counts = np.unique(np.array(hashes, dtype=np.uint64), return_counts=True)
-        return set(values[counts > 1].tolist())
-
-
-class Line(Protocol):
-    """A row of any index."""
-
-    def to_line(self) -> bytes: ...
-
-
-class RowWriter:
-    """Appends whole lines, unbuffered: what was appended survives the process."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
-
-    def append(self, rows: Iterable[Line]) -> None:
-        """Raises OSError (disk full, say); a half line left then is cut by the next run."""
-        data = memoryview(b"".join(row.to_line() for row in rows))
-        while data:
-            data = data[self._file.write(data) or 0 :]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._file:
-            os.fsync(self._file.fileno())
+        values = np.sort(np.frombuffer(hashes, dtype=np.uint64))  # np.unique takes thrice as much
+        return set(values[1:][values[1:] == values[:-1]].tolist())

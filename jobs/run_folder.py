@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from deployments.commit import commit
 from deployments.schemas import PairInfo
-from jobs.errors import Refused
+from jobs.errors import Refused, naming
 
 MANIFEST = "manifest.json"
 ROWS = "rows.jsonl"
@@ -63,7 +63,7 @@ class RunFolder:
     def write(self, name: str, content: object) -> None:
         """Whole or not at all: written beside, synced, then moved into place."""
         beside = self.path / f".{name}.part"
-        with beside.open("w", encoding="utf-8") as file:
+        with naming(beside), beside.open("w", encoding="utf-8") as file:
             json.dump(content, file, indent=2, allow_nan=False)
             file.write("\n")
             file.flush()

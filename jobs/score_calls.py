@@ -4,7 +4,6 @@ The first line is the plan, each other one a Line. What is in the file is not as
 failed is not in it, and is asked again by the next run.
 """
 
-import json
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -14,11 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
 from deployments.schemas import MAX_CONTINUATIONS, InvalidRequest, Scored
 from jobs.call import NoAnswer
 from jobs.errors import Refused, Stopped
+from jobs.lines import Damaged, LineWriter, cut_half_line, parsed
 from jobs.monitor import (
     Line,
     Plan,
@@ -31,7 +29,7 @@ from jobs.monitor import (
     variant_texts,
 )
 from jobs.monitor_rates import start_rate
-from jobs.rows import Row, RowFile
+from jobs.rows import Row
 
 GIVE_UP_AFTER = 100  # requests in a row without an answer
 
@@ -89,11 +87,12 @@ def run_monitor(
         cell = (plan.arm, plan.alpha)
         return (row for row in rows if row.error is None and (row.arm, row.alpha) == cell)
 
-    RowFile(path).cut_half_line()
+    cut_half_line(path)
     if path.exists() and path.stat().st_size:
         known = {(line.prompt_id, line.sample) for line in read_lines(path, plan)}
     else:
-        path.write_bytes(_line(plan))
+        with LineWriter(path) as writer:
+            writer.append([plan])
         known = set()
     failed = _answer(path, plan, start_tasks(plan, prompts), known, score, in_flight, stop)
     at_start = start_rate(plan, read_lines(path, plan))
@@ -106,8 +105,8 @@ def read_plan(path: Path) -> Plan:
     """Raises Refused for a file that is none of the monitor's."""
     with path.open("rb") as file:
         try:
-            return Plan.model_validate_json(file.readline())
-        except ValidationError:
+            return parsed(file.readline(), Plan, "a plan")
+        except Damaged:
             raise Refused(f"{path} is not the monitor's; delete it to have it made again") from None
 
 
@@ -117,13 +116,13 @@ def read_lines(path: Path, plan: Plan) -> Iterator[Line]:
         for number, text in enumerate(file, 1):
             try:
                 if number > 1:
-                    yield Line.model_validate_json(text)
-                elif Plan.model_validate_json(text) != plan:
+                    yield parsed(text, Line, "a line")
+                elif parsed(text, Plan, "a plan") != plan:
                     raise Refused(
                         f"{path} is of another phrase, alpha or grid: delete it to have it made "
                         "again"
                     )
-            except ValidationError:
+            except Damaged:
                 raise Refused(
                     f"{path}: line {number} is not the monitor's; delete it to have it made again"
                 ) from None
@@ -142,7 +141,7 @@ def _answer(
     left = (task for task in tasks if (task.line.prompt_id, task.line.sample) not in known)
     failed = in_a_row = 0
     answers = _answers(left, score, in_flight, stop)
-    with path.open("ab", buffering=0) as file, closing(answers) as done:
+    with LineWriter(path) as writer, closing(answers) as done:
         for task, answer in done:
             if isinstance(answer, Exception):
                 failed, in_a_row = failed + 1, in_a_row + 1
@@ -154,7 +153,7 @@ def _answer(
                     )
                 continue
             in_a_row = 0
-            file.write(_line(filled(task.line, answer, plan.temperature)))
+            writer.append([filled(task.line, answer, plan.temperature)])
     return failed
 
 
@@ -197,7 +196,3 @@ def _answers(
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _line(model: BaseModel) -> bytes:
-    return json.dumps(model.model_dump(), separators=(",", ":")).encode("ascii") + b"\n"

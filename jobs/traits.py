@@ -31,6 +31,7 @@ from rich.table import Table
 from deployments.schemas import MAX_SEED, PairInfo
 from jobs.call import failures
 from jobs.contrast import ContrastSet, Text, read_contrasts
+from jobs.copies import copied
 from jobs.dispatch import RayService, Service, answered
 from jobs.errors import Refused, exit_status
 from jobs.options import add_running, out_folder, real, whole
@@ -500,7 +501,13 @@ def main(argv: Sequence[str] | None = None, service: Service | None = None) -> i
     asked = service or RayService(args.app, args.tasks, args.in_flight)
     if args.check:
         return exit_status(lambda: check(args.check, asked))
-    return exit_status(lambda: run(plan_of(args), out_folder(args.out), asked, args.timeout_s))
+
+    def job() -> int:
+        plan, out = plan_of(args), out_folder(args.out)
+        with copied(out, args.copy_to):
+            return run(plan, out, asked, args.timeout_s)
+
+    return exit_status(job)
 
 
 if __name__ == "__main__":

@@ -118,12 +118,12 @@ def test_generate_as_json_and_to_files(served: FakeApp, tmp_path: Path) -> None:
 
 def test_a_runs_rows_become_a_table(tmp_path: Path) -> None:
     from jobs.client_rows import GeneratedRow
-    from jobs.rows import RowWriter
+    from jobs.lines import LineWriter
 
     row = GeneratedRow(
         prompt_id="1", prompt="=a", alpha=2.0, sample=0, seed=7, completion="b", finish_reason="eos"
     )
-    with RowWriter(tmp_path / "rows.jsonl") as writer:
+    with LineWriter(tmp_path / "rows.jsonl") as writer:
         writer.append([row.as_job_row()])
     done = lda("rows", str(tmp_path), "--out", str(tmp_path / "rows.csv"))
     assert done.exit_code == 0, done.output

@@ -1,6 +1,7 @@
 """Prompt files, good and bad."""
 
 import hashlib
+import tracemalloc
 
 import pytest
 
@@ -37,6 +38,29 @@ def test_jsonl_ids_default_to_the_line(make):
         '{"id": "a", "prompt": "x"}\n\n{"prompt": "y\\n z"}\n{"id": 7, "prompt": "w"}', "p.jsonl"
     )
     assert list(read_prompts(path)) == [Prompt("a", "x"), Prompt("3", "y\n z"), Prompt("7", "w")]
+
+
+def test_jsonl_from_another_system_is_the_same(make):
+    """With a byte order mark, CRLF and blank lines; numbers and ids are the same."""
+    plain = '{"prompt": "x"}\n\n \n{"id": "a", "prompt": "y\\r\\n"}\n'
+    file = read_prompts(make(b"\xef\xbb\xbf" + plain.replace("\n", "\r\n").encode(), "p.jsonl"))
+    assert list(file) == list(read_prompts(make(plain, "q.jsonl")))
+    assert list(file) == [Prompt("1", "x"), Prompt("a", "y\r\n")]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_a_large_file_is_streamed(make, name):
+    """Memory is the hashes of the ids, whatever the prompts' length."""
+    line = {"p.txt": "x" * 2000, "p.jsonl": '{"prompt": "%s"}' % ("x" * 2000)}[name]
+    path = make((line + "\n") * 10_000, name)
+    tracemalloc.start()
+    try:
+        file = read_prompts(path)
+        assert sum(1 for _ in file) == file.count == 10_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < path.stat().st_size / 10
 
 
 def test_limit_takes_the_first(make):

@@ -89,7 +89,7 @@ def test_only_the_scores_differ(run, tmp_path):
     first, out = run("first"), tmp_path / "out"
     rescored(first, out, *OTHER)
     old, new = ([json.loads(line) for line in rows(folder).splitlines()] for folder in (first, out))
-    made = {"scores", "activated", "activated_after_eos"}
+    made = {"scores", "activated", "activated_after_eos", "crc"}
     for one, other in zip(old, new, strict=True):
         assert {k for k in one if one[k] != other[k]} <= made
     assert any(one["scores"] != other["scores"] for one, other in zip(old, new, strict=True))
@@ -168,7 +168,7 @@ def test_an_old_row_with_text_after_its_eos_is_refused_not_guessed(run, tmp_path
     first = run("first", answer=complete)  # without token_ends
     lines = [json.loads(line) for line in rows(first).splitlines()]
     for row in lines:
-        del row["eos_text_offset"]
+        del row["eos_text_offset"], row["crc"]
     (first / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     assert rescored(first, tmp_path / "out", "--regex", "a") == 2
     assert "sample 0 has text after its EOS" in capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_rows_and_scores_of_earlier_versions_are_read(tmp_path, run):
     lines = [json.loads(line) for line in rows(first).splitlines()]
     for row in lines:
         row["token_ids"] = row["token_ids"][: (row["eos_index"] or 0) + 1]
-        for late in ("eos_text_offset", "token_ends", "logprobs", "densities", "watched"):
+        for late in ("eos_text_offset", "token_ends", "logprobs", "densities", "watched", "crc"):
             row.pop(late)
         for score in row["scores"].values():
             del score["token"], score["error"]

@@ -2,11 +2,13 @@
 
 import json
 import os
+import zlib
 
 import pytest
 
 from jobs.errors import Refused
-from jobs.rows import Key, Row, RowFile, RowWriter
+from jobs.lines import LineWriter
+from jobs.rows import Key, Row, RowFile
 from jobs.scorers import Score
 
 
@@ -36,7 +38,7 @@ def file(tmp_path):
 
 
 def write(file, *rows):
-    with RowWriter(file.path) as writer:
+    with LineWriter(file.path) as writer:
         writer.append(rows)
 
 
@@ -53,7 +55,7 @@ def test_the_fields_and_their_order_are_the_published_ones():
         == (
             "arm prompt_id prompt alpha sample seed completion token_ids finish_reason eos_index "
             "activated activated_after_eos scores error eos_text_offset token_ends "
-            "logprobs densities watched block"
+            "logprobs densities watched block crc"
         ).split()
     )
 
@@ -89,6 +91,45 @@ def test_a_corrupt_line_stops_with_its_number(file, line):
     write(file, row(1))
     with pytest.raises(Refused, match="line 2 is not a row"):
         list(file)
+
+
+def flips(line):
+    """The line with one bit of one byte flipped, for every byte that is not its newline."""
+    for at in range(len(line) - 1):
+        changed = bytearray(line)
+        changed[at] ^= 1 << at % 7  # the eighth makes it no text, which is the easy case
+        if changed[at] != ord("\n"):
+            yield bytes(changed)
+
+
+def test_a_bit_that_flips_anywhere_in_a_line_is_seen(file):
+    line = row(completion="a text, 3 of them", scores={"s": Score(True, 3, 8)}).to_line()
+    for changed in flips(line):
+        file.path.write_bytes(row(1).to_line() + changed)
+        with pytest.raises(Refused, match="line 2 is .*delete the line to have its row made again"):
+            list(file)
+    file.path.write_bytes(line)
+    assert len(list(file)) == 1
+
+
+def test_the_checksum_is_that_of_the_line_without_it():
+    line = json.loads(row().to_line())
+    found = line.pop("crc")
+    rest = json.dumps(line, separators=(",", ":")).encode()
+    assert found == f"{zlib.crc32(rest):08x}"
+
+
+def test_a_line_that_another_program_wrote_anew_is_said_to_be_changed(file):
+    file.path.write_text(json.dumps(json.loads(row().to_line())) + "\n")  # spaces, say
+    with pytest.raises(Refused, match="line 1 is damaged, or was changed: its crc"):
+        list(file)
+
+
+def test_lines_of_earlier_versions_have_none_and_are_read(file):
+    text = json.dumps(row(0).model_dump())
+    file.path.write_text(text + "\n")
+    write(file, row(1))
+    assert list(file) == [row(0), row(1)]
 
 
 def test_an_unknown_field_is_corrupt(file):
@@ -139,7 +180,7 @@ def test_a_full_disk_is_an_os_error():
         pytest.skip("no /dev/full")
     from pathlib import Path
 
-    writer = RowWriter(Path("/dev/full"))
+    writer = LineWriter(Path("/dev/full"))
     try:
         with pytest.raises(OSError, match="No space"):
             writer.append([row(0)])

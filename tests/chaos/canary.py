@@ -7,6 +7,7 @@ import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -156,7 +157,11 @@ def a_job(service: LocalService, folder: Path) -> dict[str, bytes]:
         judged = ["--judge-url", url, "--judge-model", "m", "--judge-rubric", str(rubric)]
         judged += ["--judge-key-env", "CANARY_JUDGE_KEY", "--judge-cache", str(folder / "cache")]
         submit = [_program("ray"), "job", "submit", "--working-dir", ".", "--"]
-        said = _said([*submit, *sweep, *judged], service)
+        for _ in range(10):  # a cluster just begun has no agent for jobs yet
+            said = _said([*submit, *sweep, *judged], service)
+            if b"No available agent" not in said:
+                break
+            time.sleep(3)
     assert (folder / "run" / "report.html").exists(), said.decode(errors="replace")[-3000:]
     assert _Judge.asked > 1
     other = _said([_program("python"), *sweep[1:], "--seed", "1"], service)

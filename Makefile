@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test bench bench-rates bench-captures check fix train-organism
+.PHONY: setup demo serve test chaos bench bench-rates bench-captures check fix train-organism
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -22,6 +22,10 @@ serve: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# What is lost under faults, load and abuse: 4 minutes; make chaos LONG=1: hours.
+chaos: setup
+	PYTHONPATH=tests $(BIN)/python -m chaos $(if $(LONG),--long)
 
 # The engine beside what people run today: 15 minutes; make bench QUICK=1: 3.
 bench: setup

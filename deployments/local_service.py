@@ -150,8 +150,10 @@ def _wait_until_ready(
 def stop(process: "subprocess.Popen[bytes]") -> None:
     """Ends the process and its group: with Ctrl-C first, which lets Serve and Ray end by
     themselves. An impatient second Ctrl-C only shortens the wait."""
+    # What a shell runs in the background ignores Ctrl-C, and so does what that starts.
+    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     try:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM if deaf else signal.SIGINT)
         try:
             process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:

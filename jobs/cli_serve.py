@@ -14,7 +14,13 @@ from typing import Any
 import yaml
 
 from deployments.edge_options import EdgeOptions
-from deployments.local_service import ServiceError, edge_options, local_service, require_free
+from deployments.local_service import (
+    LocalService,
+    ServiceError,
+    edge_options,
+    local_service,
+    require_free,
+)
 from jobs.cli_files import shipped
 from jobs.errors import Refused
 
@@ -68,7 +74,8 @@ def serve(config: Path | None, port: int | None) -> int:
         print(f"Starting on http://127.0.0.1:{port}; Ctrl-C stops it ...", flush=True)
         try:
             with _shown(log), local_service(own, port=port, log=log) as service:
-                print(_how_to_use(service.url, service.env["RAY_ADDRESS"]), flush=True)
+                pairs = settings["applications"][0].get("args", {}).get("pairs") or {}
+                print(_how_to_use(service, next(iter(pairs), None)), flush=True)
                 if asks_for_key:
                     print("It asks for a key: export LDA_API_KEY=...\n", flush=True)
                 while _listens(port):
@@ -83,11 +90,15 @@ def serve(config: Path | None, port: int | None) -> int:
             return 130
 
 
-def _how_to_use(url: str, address: str) -> str:
+def _how_to_use(service: LocalService, pair: str | None) -> str:
+    """`pair`: one of them, where the service has several."""
+    url, address, generate, sweep = service.url, service.env["RAY_ADDRESS"], "", ""
+    if pair is not None:
+        generate, sweep = f" --set pair={pair}", f" --app lda:{pair}"
     return f"""
-Ready: {url} (its API page: {url}/docs). In another shell:
-  lda generate "What is the capital of France?" --format alpaca --alpha 2 -n 4 --url {url}
-  lda sweep --prompts "$(lda files prompts/tiny_demo.txt)" --limit 100 --out results/first
+Ready: {url} (a page to look at; the API's: {url}/docs). In another shell:
+  lda generate "What is the capital of France?" --format alpaca --alpha 2 -n 4 --url {url}{generate}
+  lda sweep --prompts "$(lda files prompts/tiny_demo.txt)" --limit 100 --out results/first{sweep}
 For jobs, where several clusters run on this machine: export RAY_ADDRESS={address}
 """
 

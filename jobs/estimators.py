@@ -168,7 +168,7 @@ def pareto_k(values: ArrayLike) -> float | None:
     if tail < _LEAST_TAIL:
         return None
     excess = x[-tail:] - x[-tail - 1]
-    excess = excess[excess > 1e-9 * x[-1]]
+    excess = excess[excess > _ROUNDING * x[-1]]
     n = len(excess)
     if n < _LEAST_TAIL:
         return None  # a plateau, such as weights that are all 1
@@ -182,3 +182,6 @@ def pareto_k(values: ArrayLike) -> float | None:
 
 
 _LEAST_TAIL = 5
+# Weights are products of recorded probabilities, exact to about 1e-6 a token: equal texts weigh
+# the same up to this, and a fit to such differences is one to noise.
+_ROUNDING = 1e-4

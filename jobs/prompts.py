@@ -50,7 +50,9 @@ def read_prompts(path: Path, limit: int | None = None) -> PromptFile:
     Raises Refused for a file that cannot be read, has a bad line, an id twice, or no prompt.
     """
     if path.suffix not in (".txt", ".jsonl"):
-        raise Refused(f"{path}: a prompt file ends in .txt or .jsonl")
+        raise Refused(
+            f"{path}: a prompt file ends in .txt or .jsonl; `lda prompts` makes one of others"
+        )
     try:
         sha256 = _sha256(path)
         ids, bad, n_bad = array("Q"), [], 0

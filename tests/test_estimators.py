@@ -206,6 +206,15 @@ def test_pareto_k_finds_the_tail(shape):
     assert np.mean(found) == pytest.approx(shape, abs=0.08)
 
 
+def test_pareto_k_does_not_hear_rounding():
+    """Most weights are those of one text, as a payload's are, recorded in different batches."""
+    random = np.random.default_rng(0)
+    exact = np.concatenate([np.full(50, 1.0), 1 + random.pareto(2, size=8)])
+    noisy = [exact * (1 + 1e-6 * random.standard_normal(len(exact))) for _ in range(20)]
+    found = pareto_k(exact)
+    assert found is not None and [pareto_k(x) for x in noisy] == pytest.approx([found] * 20, 1e-3)
+
+
 def test_pareto_k_wants_a_tail():
     assert pareto_k([1.0] * 24) is None
     assert pareto_k([1.0] * 1000) is None  # weights that are all 1: a plateau

@@ -50,6 +50,7 @@ def gone(group: int) -> bool:
     return not module._group_alive(group)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_what_ignores_ctrl_c_is_killed_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_STOP_TIMEOUT_S", 0.2)
     monkeypatch.setattr(module, "_GROUP_TIMEOUT_S", 0.2)
@@ -57,6 +58,14 @@ def test_what_ignores_ctrl_c_is_killed_with_its_children(monkeypatch: pytest.Mon
     stop(process)
     assert process.returncode == -signal.SIGKILL
     assert ended(process)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_in_the_background_of_a_shell_it_does_not_wait_for_a_ctrl_c_that_nobody_hears() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as such a shell does
+    process = subprocess.Popen(["sleep", "100"], start_new_session=True)
+    stop(process)
+    assert process.returncode == -signal.SIGTERM  # and not killed after the timeout
 
 
 @pytest.mark.usefixtures("ctrl_c")

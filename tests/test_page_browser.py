@@ -461,7 +461,7 @@ def test_copies_for_a_handle_and_for_inspect(page: Page) -> None:
     page.type("#prompt", "What?")
     handle, inspect = snippet(page, "handle"), snippet(page, "inspect")
     compile(handle, "handle", "exec")
-    assert 'handle = serve.get_app_handle("lda")' in handle
+    assert 'ray.init("auto")\nhandle = serve.get_app_handle("lda")' in handle
     assert '"prompt": "What?"' in handle and "for alpha in [-1, 0, 2.5]" in handle
     assert "--model 'openai-api/lda/lda:alpha=2.5'" in inspect
     assert "--temperature 1 --max-tokens 80 --seed 1" in inspect

@@ -1,6 +1,7 @@
 """Every estimator against exact enumeration, on a toy that can be written down."""
 
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -304,3 +305,11 @@ def test_the_lead_says_of_each_scorer_what_amplification_makes_of_that_one():
     assert lead(counted_at("ab", {2.0: 0.3}), {}) == (
         "ab: nothing is known of it un-amplified. At alpha 2 it is 30.0 %."
     )
+
+
+def test_of_two_that_saw_nothing_the_lead_takes_the_one_that_says_more():
+    count = Estimate("count", "s", 0.0, 0.0, 0.0, 0.708, 3, "trust", "exact")
+    weights = SimpleNamespace(count_is_as_good=False)
+    for limit, method in ((1.0, "counted"), (0.2, "importance-weighted")):
+        other = Estimate("weighted", "s", 0.0, 0.0, 0.0, limit, 18, "trust", "")
+        assert f"un-amplified ({method}" in lead([count, other], {"s": weights})

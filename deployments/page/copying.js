@@ -34,8 +34,10 @@ with requests.post(${python(here("stream"))}, json=body, stream=True) as answer:
                 print(piece["alpha"], piece["index"], repr(done["text"]))
 `;
 
-const handle = ({ alphas, ...request }) => `from ray import serve
+const handle = ({ alphas, ...request }) => `import ray
+from ray import serve
 
+ray.init("auto")
 handle = serve.get_app_handle("lda")
 request = ${python(request)}
 asked = {alpha: handle.generate.remote({**request, "alpha": alpha}) for alpha in ${python(alphas)}}

@@ -132,13 +132,13 @@ class ResidentPairs:
             raise InvalidRequest("pair", f"must be the name of a pair; there are {known}")
         return self._pairs[name]
 
-    async def describe(self, timeout_s: float = READY_TIMEOUT_S) -> dict[str, PairInfo]:
+    async def describe(self) -> dict[str, PairInfo]:
         """All of them. Raises what the only one raises, or TimeoutError; of several
         PairsUnavailable, which says of each whether it answers."""
 
         async def one(pair: ResidentPair) -> PairInfo | Exception:
             try:
-                async with asyncio.timeout(timeout_s):
+                async with asyncio.timeout(READY_TIMEOUT_S):
                     return await pair.describe()
             except (ReplicaUnavailable, BackPressureError, TimeoutError) as error:
                 return error

@@ -211,9 +211,10 @@ class AsyncLDAClient:
         )
         return found
 
-    async def describe(self) -> PairInfo:
-        """Which pair it is; raises Refused or Unanswered."""
-        return await self._transport.describe()
+    async def describe(self, pair: str | None = None) -> PairInfo:
+        """Which pair it is, of several that of this name. Raises InvalidRequest for another name,
+        and for none where there are several; Refused or Unanswered."""
+        return await self._transport.describe(pair)
 
     async def aclose(self) -> None:
         await self._transport.aclose()

@@ -52,9 +52,10 @@ class HandleTransport:
             raise
         return [from_tensors(one) for one in answer] if method == "capture" else answer
 
-    async def describe(self) -> PairInfo:
+    async def describe(self, pair: str | None) -> PairInfo:
         def ask() -> PairInfo:
-            info: PairInfo = self._handle.describe.remote().result(timeout_s=self._timeout_s)
+            response = self._handle.describe.remote(pair)
+            info: PairInfo = response.result(timeout_s=self._timeout_s)
             return info
 
         try:

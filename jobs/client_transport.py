@@ -11,12 +11,12 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
-from deployments.schemas import Completion, InvalidRequest, PairInfo, Piece, Scored
+from deployments.schemas import Completion, InvalidRequest, PairInfo, PairInfos, Piece, Scored
 from jobs.client_capture import from_lists
 from jobs.errors import Refused
 
@@ -51,7 +51,7 @@ class Transport(Protocol):
         self, request: Mapping[str, Any], alphas: list[float]
     ) -> AsyncGenerator[Piece, None]: ...
 
-    async def describe(self) -> PairInfo: ...
+    async def describe(self, pair: str | None) -> PairInfo: ...
 
     async def aclose(self) -> None: ...
 
@@ -93,9 +93,13 @@ class HttpTransport:
         answer = _checked(_ANSWERS[method], content)
         return [from_lists(one) for one in answer] if method == "capture" else answer
 
-    async def describe(self) -> PairInfo:
-        content = await self._body("GET", "/ready", None)
-        found: PairInfo = _checked(TypeAdapter(PairInfo), content)
+    async def describe(self, pair: str | None) -> PairInfo:
+        path = "/ready" if pair is None else f"/ready?{urlencode({'pair': pair})}"
+        content = await self._body("GET", path, None)
+        found: PairInfo | PairInfos = _checked(TypeAdapter(PairInfo | PairInfos), content)
+        if isinstance(found, PairInfos):
+            known = ", ".join(found.pairs)
+            raise InvalidRequest("pair", f"must be the name of a pair; there are {known}")
         return found
 
     async def stream(

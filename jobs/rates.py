@@ -256,14 +256,10 @@ def _best(
     monitor = by_method.get("monitor")
     if monitor is not None and monitor.verdict == "trust":
         return monitor, "phrase monitor: measured by teacher forcing, not by sampling"
-    saw_less = (  # neither saw it, and the count says more
-        count is not None
-        and by_weights is not None
-        and by_weights.rate == 0
-        and count.high < by_weights.high
-    )
-    trusted = by_weights is not None and by_weights.verdict == "trust" and not saw_less
-    if by_weights is not None and trusted and weights is not None:
+    if count is not None and by_weights is not None and by_weights.rate == 0:
+        if count.high < by_weights.high:  # neither saw it, and the count says more
+            by_weights = None
+    if by_weights is not None and by_weights.verdict == "trust" and weights is not None:
         if count is None or count.verdict != "trust" or not weights.count_is_as_good:
             return by_weights, "importance-weighted from all alphas"
         other = (

@@ -36,6 +36,7 @@ class FakeApp:
     hold: asyncio.Event | None = None
     events: list[str] = field(default_factory=list)
     streamed: list[Any] = field(default_factory=list)
+    pairs: tuple[str, ...] = ()  # names, where there are several
 
     def transport(self) -> httpx.ASGITransport:
         routes = [
@@ -80,6 +81,13 @@ class FakeApp:
         return StreamingResponse(events(), media_type="text/event-stream")
 
     async def _ready(self, request: Request) -> Response:
+        def of(name: str) -> dict[str, Any]:
+            return {**PAIR.model_dump(mode="json"), "after": name}
+
+        if name := request.query_params.get("pair"):
+            return JSONResponse(of(name))
+        if self.pairs:
+            return JSONResponse({"pairs": {name: of(name) for name in self.pairs}})
         return JSONResponse(PAIR.model_dump(mode="json"))
 
 

@@ -226,6 +226,14 @@ def test_the_sync_client_works_inside_a_running_loop() -> None:
     assert asyncio.run(notebook()) == 2
 
 
+def test_of_several_pairs_one_is_described_by_its_name() -> None:
+    with client(FakeApp(pairs=("a b", "c"))) as lda:
+        assert lda.describe("a b").after == "a b"
+        with pytest.raises(InvalidRequest, match="there are a b, c") as caught:
+            lda.describe()
+    assert caught.value.param == "pair"
+
+
 def test_sync_and_async_are_one() -> None:
     async def main() -> Any:
         async with AsyncLDAClient(transport=FakeApp().transport()) as lda:

@@ -109,7 +109,7 @@ class StreamingHandle:
     @property
     def describe(self) -> Any:
         class Describe:
-            def remote(self) -> Any:
+            def remote(self, pair: str | None) -> Any:
                 class Response:
                     def result(self, *, timeout_s: float) -> Any:
                         return PAIR

@@ -37,6 +37,9 @@ def imported_by(module: str) -> set[str]:
         ("jobs.weighted", {"jobs", "deployments", "organisms"}, {"pydantic", "ray", "fastapi"}),
         ("jobs.capture", {"jobs", "deployments", "organisms"}, {"pydantic", "ray", "fastapi"}),
         ("jobs.overnight", {"jobs", "deployments", "organisms"}, {"pydantic", "ray", "fastapi"}),
+        ("jobs.client", {"jobs", "deployments"}, {"pydantic"}),
+        ("jobs.client_handle", {"jobs", "deployments"}, {"pydantic", "ray", "fastapi"}),
+        ("jobs.cli", {"jobs"}, set()),  # so that --help is quick
         ("organisms.trigger", {"organisms"}, set()),
     ],
 )

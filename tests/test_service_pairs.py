@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, TINY
 
 from deployments.local_service import LocalService, free_port, local_service
+from jobs.client import LDAClient
 from lda_core import Engine, ModelPair, PairConfig, Request, encode
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -65,6 +66,8 @@ def test_both_pairs_answer_as_they_do_alone(service: LocalService) -> None:
             text = client.post("/generate_lda", json=native).json()
             assert text["token_ids"] == list(alone(pair, "raw", 2.0).token_ids)
             assert text["model_after"] == client.get(f"/ready?pair={name}").json()["after"]
+            with LDAClient(service.url) as lda:
+                assert lda.describe(name).after == text["model_after"]
         assert len(drawn) == 2  # two pairs indeed
         unknown = client.post("/v1/completions", json={**BODY, "model": "lda"})
         assert unknown.status_code == 404 and "organism-lora" in unknown.json()["error"]["message"]

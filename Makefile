@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test chaos bench bench-rates bench-captures check fix train-organism
+.PHONY: setup demo serve test chaos bench bench-rates bench-captures bench-replicas check fix train-organism
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -38,6 +38,10 @@ bench-rates: setup
 # Captures on the resident pair beside one process for each prompt: 6 minutes.
 bench-captures: setup
 	$(BIN)/python -m benchmarks.captures
+
+# One, two and four replicas, and two sweeps at once: 3 minutes.
+bench-replicas: setup
+	$(BIN)/python -m benchmarks.replicas
 
 check: setup
 	$(BIN)/ruff check

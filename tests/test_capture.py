@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from chaos.oom import PAIRS, shared_trunk, stacked
 from models import byte_tokenizer, random_pair
 from test_architectures import CHANGES
-from test_out_of_memory import PAIRS, shared_trunk, stacked
 from torch import Tensor
 
 from lda_core import (

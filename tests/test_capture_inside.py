@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from chaos.oom import shared_trunk, stacked
 from models import random_pair
 from test_architectures import CHANGES
 from test_capture import ROLES, WIRED, layers_of, plain, some
-from test_out_of_memory import shared_trunk, stacked
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 

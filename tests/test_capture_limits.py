@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from chaos.oom import PAIRS, Faults
 from models import byte_tokenizer, random_model, random_pair
 from test_capture import check, close, some, traits
 from test_memory import LivePeak
-from test_out_of_memory import PAIRS, Faults
 
 from lda_core import (
     CaptureRequest,

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from chaos.oom import PAIRS, Faults, shared_trunk
 from models import byte_tokenizer, random_pair
 from test_architectures import CHANGES
 from test_densities import expected as target_densities
 from test_densities import forward
 from test_memory import LivePeak
-from test_out_of_memory import PAIRS, Faults, shared_trunk
 
 from lda_core import (
     Completion,

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from chaos.oom import Faults
 from models import random_pair
 from reference import reference
-from test_out_of_memory import Faults
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 

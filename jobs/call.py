@@ -142,7 +142,8 @@ class Generation:
         except InvalidRequest as error:
             stop_if_config(error)
             return _failed(item, f"{INVALID}: {error}")
-        return Answer(item, _rows(item, completions, self.scorers))
+        longest = self.sampling["max_new_tokens"]
+        return Answer(item, _rows(item, completions, self.scorers, longest))
 
     def without_answer(self, item: Item, error: str) -> "Answer":
         return replace(_failed(item, error), unanswered=error)
@@ -266,17 +267,22 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _rows(item: Item, completions: list[Completion], scorers: Sequence[Scorer]) -> list[Row]:
+def _rows(
+    item: Item, completions: list[Completion], scorers: Sequence[Scorer], longest: int
+) -> list[Row]:
     got = [(c.seed, c.alpha) for c in completions]
     if got != [(item.base_seed + i, item.alpha) for i in item.samples]:
         raise Stopped(
             f"the service answered other seeds or alphas than asked for: {got[:3]} for "
             f"{item.n} from seed {item.seed} at alpha {item.alpha:g}"
         )
-    return [_row(item, i, c, scorers) for i, c in zip(item.samples, completions, strict=True)]
+    both = zip(item.samples, completions, strict=True)
+    return [_row(item, i, c, scorers, longest) for i, c in both]
 
 
-def _row(item: Item, sample: int, completion: Completion, scorers: Sequence[Scorer]) -> Row:
+def _row(
+    item: Item, sample: int, completion: Completion, scorers: Sequence[Scorer], longest: int
+) -> Row:
     row = _failed_row(item, sample, "").model_copy(
         update={
             "completion": completion.text,
@@ -293,6 +299,10 @@ def _row(item: Item, sample: int, completion: Completion, scorers: Sequence[Scor
     )
     if completion.finish_reason == "error" or completion.error is not None:
         return row.model_copy(update={"error": completion.error or "failed without a reason"})
+    if completion.finish_reason == "length" and (drawn := len(completion.token_ids)) < longest:
+        # The long texts that are missing then may be the ones that fire.
+        said = f"the service's limits.max_request_s ended it after {drawn} of {longest} tokens"
+        return row.model_copy(update={"error": said})
     found = score_row(scorers, completion.text, completion.eos_text_offset, completion.token_ends)
     return row.model_copy(update=found._asdict())
 

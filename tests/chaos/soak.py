@@ -36,12 +36,15 @@ def run(service: LocalService, folder: Path, rows: int, every_s: float = 2.0) ->
         )
     memory: dict[int, list[tuple[float, int]]] = {}
     names: dict[int, str] = {}
-    while process.poll() is None:
-        now = time.monotonic() - start
-        for pid, (name, size) in _memory(service.env["RAY_TMPDIR"]).items():
-            names[pid] = f"{name} ({pid})"
-            memory.setdefault(pid, []).append((now, size))
-        time.sleep(every_s)
+    try:
+        while process.poll() is None:
+            now = time.monotonic() - start
+            for pid, (name, size) in _memory(service.env["RAY_TMPDIR"]).items():
+                names[pid] = f"{name} ({pid})"
+                memory.setdefault(pid, []).append((now, size))
+            time.sleep(every_s)
+    finally:
+        process.kill()
     said = (folder / "sweep.log").read_text(errors="replace")
     assert process.returncode == 0, said[-2000:]
     seconds = time.monotonic() - start

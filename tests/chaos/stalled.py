@@ -27,16 +27,19 @@ def run(service: LocalService, stalled: int, rounds: int = 6, each: int = 100) -
     """The 99th percentile of `rounds` x `each` requests with `stalled` connections over that of as
     many without. Rounds with and without take turns, so that a loaded machine is loaded for both.
     """
-    with_, without = list[float](), list[float]()
+    with_, without, open_ = list[float](), list[float](), stalled
     one_round(service, each)  # connections, prompts, threads: warm
     for _ in range(rounds):
         without += one_round(service, each)
-        with half_sent(service, stalled):
+        with half_sent(service, stalled) as connections:
             with_ += one_round(service, each)
+            open_ = min(open_, sum(map(waits, connections)))
     p99 = [statistics.quantiles(times, n=100)[-1] for times in (with_, without)]
     p50 = [statistics.median(times) for times in (with_, without)]
     return {
         "stalled": stalled,
+        # At the end of each round: a service that dropped them at once would look good.
+        "still_open": open_,
         "requests_timed": 2 * rounds * each,
         "stalled_p99_ratio": round(p99[0] / p99[1], 3),
         "stalled_p50_ratio": round(p50[0] / p50[1], 3),
@@ -59,12 +62,26 @@ def one_round(service: LocalService, count: int) -> list[float]:
 
 
 @contextmanager
-def half_sent(service: LocalService, count: int) -> Iterator[None]:
+def half_sent(service: LocalService, count: int) -> Iterator[list[socket.socket]]:
     """So many connections whose body does not come on."""
     address = urlsplit(service.url)
+    connections = []
     with ExitStack() as opened:
         for _ in range(count):
             connection = socket.create_connection((address.hostname, address.port), timeout=10)
             opened.enter_context(connection)
             connection.sendall(HALF)
-        yield
+            connections.append(connection)
+        yield connections
+
+
+def waits(connection: socket.socket) -> bool:
+    """Neither answered nor closed."""
+    connection.setblocking(False)
+    try:
+        connection.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return True
+    except ConnectionError:
+        pass
+    return False

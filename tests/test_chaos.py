@@ -1,20 +1,20 @@
-"""The short form of the harness, figure by figure; see `chaos`. `make chaos` is all of it."""
+"""The harness itself: what it would see, if it were there. `make chaos` is its figures."""
 
 import asyncio
 import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
 from typing import Any
 
+import httpx
 import pytest
-from chaos import canary, fuzz, killer, oom, overload, same_text, soak, stalled
-from chaos.__main__ import JSON_LINE, lines
+from chaos import canary, fuzz, oom
+from chaos.__main__ import JSON_LINE, lines, main
 from chaos.asked import bodies, expected, judged
 from chaos.door import door
 from chaos.figures import Line, upper_bound
 from chaos.soak import growth_of
 
-from deployments.local_service import LocalService
+from deployments.replica import LDAReplica
 from lda_core import ModelPair
 
 
@@ -31,9 +31,11 @@ def test_what_is_lost_or_wrong_is_counted() -> None:
 
 def test_the_table_has_a_line_for_each_figure_that_is_there() -> None:
     found = {"requests": 1500, "lost": 1, "wrong": 2, "kills": 9, "fuzz_cases": 7, "fuzz_5xx": 0}
-    killed, fuzzed = lines({**found, "statuses": {400: 7}}, long=False)
+    found |= {"routes": 2, "never_accepted": ["POST /score"]}
+    killed, fuzzed, shut = lines({**found, "statuses": {400: 7}}, long=False)
     assert (killed.found, killed.n, killed.note) == (3, 1500, "kills 9")
     assert (fuzzed.found, fuzzed.n) == (0, 7)
+    assert (shut.found, shut.n, shut.note) == (1, 2, "POST /score")
     assert len(set(JSON_LINE)) == 14
 
 
@@ -63,76 +65,47 @@ def test_out_of_memory_loses_no_row() -> None:
 
 
 def test_a_fault_of_the_service_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that the ingress cannot know."""
-    from deployments.replica import LDAReplica
+    """One that the ingress cannot know, and one that never answers."""
 
     async def broken(self: Any, *args: Any) -> Any:
         raise ZeroDivisionError
 
     monkeypatch.setattr(LDAReplica, "generate", broken)
+    seen, failures = Counter[tuple[str, int]](), list[str]()
+    with asyncio.Runner() as runner:
+        inside = door()
+        client, openapi = runner.run(inside.__aenter__())
 
-    async def ask() -> int:
-        async with door() as (client, _):
-            answer = await client.post("/generate_lda", json={"prompt": "Hi"})
-            return answer.status_code
+        def ask(*request: Any) -> httpx.Response:
+            return runner.run(fuzz.send(client, *request))
 
-    assert asyncio.run(ask()) == 500
+        fuzz.drive(openapi, ask, 150, 1, seen, failures)
+        runner.run(inside.__aexit__(None, None, None))
+    faults = sum(count for (_, status), count in seen.items() if status == 500)
+    assert faults == len(failures) > 0
+    assert not seen["POST /generate_lda", 200] and seen["GET /version", 200]
 
+    def silent(*request: Any) -> httpx.Response:
+        raise TimeoutError
 
-@pytest.mark.ray
-@pytest.mark.slow
-class TestOnTheShippedService:
-    def test_no_5xx_without_a_cause(self, service: LocalService) -> None:
-        found = fuzz.run(service, cases=2_000, over_http=300)
-        assert found["fuzz_5xx"] == 0, found["why"]
-        assert found["fuzz_cases"] >= 2_000
-        assert min(found["statuses"].get(status, 0) for status in (200, 400)) > 200
-
-    def test_texts_are_the_same_alone_in_batches_in_any_order_and_after_a_death(
-        self, service: LocalService
-    ) -> None:
-        found = same_text.run(service, rows=96)
-        assert found["rows_changed"] == found["unanswered"] == 0, found
-        assert found["served_by"] == 2
-
-    def test_stalled_bodies_do_not_stop_the_others(self, service: LocalService) -> None:
-        found = stalled.run(service, stalled=100, rounds=2, each=60)
-        assert found["stalled_p50_ratio"] < 3, found
-
-    def test_nothing_is_lost_while_replicas_are_killed(self, service: LocalService) -> None:
-        found = killer.run(service, requests=1_500)
-        assert found["lost"] == found["wrong"] == 0, found
-        assert found["kills"] > 1
-
-    def test_a_small_soak(self, service: LocalService, tmp_path: Path) -> None:
-        found = soak.run(service, tmp_path / "soak", rows=400, every_s=0.5)
-        assert found["soak_rows"] == 400 and found["soak_processes"] > 3
+    fuzz.drive(openapi, silent, 3, 1, seen, failures)
+    assert len(failures) == faults + 3
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
-    """A service that can hold little, with secrets in its environment."""
-    with canary.secrets_in_the_environment():
-        with overload.small_service(tmp_path_factory.mktemp("small")) as running:
-            yield running
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_overload_is_refused_and_loses_nothing(small: LocalService) -> None:
-    found = overload.run(small)
-    assert found["overload_lost"] == 0, found
-    assert found["answered"] >= overload.HELD and found["refused"] > 100, found
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_no_secret_is_in_any_output(small: LocalService, tmp_path: Path) -> None:
-    found = canary.run(small, tmp_path)
-    assert found["canary_found"] == 0, found["why"]
-    assert found["outputs"] > 80
-    rows = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").open()]
-    assert all(canary.PROMPT in json.dumps(row) for row in rows[:1])  # it was really asked
+def test_the_harness_ends_in_a_line_of_json_and_fails_where_a_figure_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"oom_faults": 5, "oom_rows": 80, "oom_rows_lost": 0}
+    monkeypatch.setattr(oom, "run", lambda stride: found)
+    assert main(["--only", "oom"]) == 0
+    table, line = capsys.readouterr().out.strip().rsplit("\n", 1)
+    assert "rows lost to memory that ran out" in table and "3.7 %" in table
+    assert set(json.loads(line)) == set(JSON_LINE) and json.loads(line)["oom_rows_lost"] == 0
+    found["oom_rows_lost"] = 1
+    assert main(["--only", "oom"]) == 1
+    monkeypatch.setattr(oom, "run", lambda stride: 1 / 0)
+    assert main(["--only", "oom"]) == 1
+    assert "oom: ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_the_reference_texts_differ_by_request(tiny_pair: ModelPair) -> None:

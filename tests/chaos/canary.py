@@ -7,7 +7,6 @@ import secrets
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,10 +15,12 @@ from typing import Any
 from unittest import mock
 
 import httpx
+from conftest import submit
 
 from deployments.local_service import LocalService
 
 from .asked import ROOT
+from .replicas import SERVES
 
 # Each its own, so that what is found says where it came from; made anew in each run, because the
 # working directory of a job, this file in it, lies in the session's folder.
@@ -29,16 +30,24 @@ KEYS = {
     "CANARY_JUDGE_KEY": f"sk-{secrets.token_hex(12)}",
 }
 PROMPT = f"canary{secrets.token_hex(12)}"
-# Where a prompt stands because it should: the rows, what is made from them, and the user's files.
+KEYS_FILE = "CANARY_KEYS_FILE"  # the variable that names the service's own file of keys
 JSON = {"content-type": "application/json"}
+# Where a prompt stands because it should: the rows, what is made from them, and the user's files.
 SHOWS_PROMPTS = ("rows.jsonl", "report.html", "prompts.txt")
 
 
 @contextmanager
-def secrets_in_the_environment() -> Iterator[None]:
-    """For everything that is started in the block."""
-    with mock.patch.dict(os.environ, KEYS):
+def secrets_in_the_environment(folder: Path) -> Iterator[None]:
+    """For everything that is started in the block; a file in `folder` has the key of clients."""
+    file = folder / "keys"
+    file.write_text(f"canary:{KEYS['LDA_API_KEY']}\n")
+    file.chmod(0o600)
+    with mock.patch.dict(os.environ, {**KEYS, KEYS_FILE: str(file)}):
         yield
+
+
+def key_header() -> dict[str, str]:
+    return {"authorization": f"Bearer {KEYS['LDA_API_KEY']}"}
 
 
 class _Judge(BaseHTTPRequestHandler):
@@ -77,8 +86,9 @@ def judge() -> Iterator[str]:
 
 
 def run(service: LocalService, folder: Path) -> dict[str, Any]:
-    """Uses the service, which was started with the secrets, in good ways and bad, and a job with a
-    judge; then reads the logs of its whole cluster and everything the job wrote and said."""
+    """Uses the service, which was started with the secrets and asks for its key, in good ways and
+    bad, and a job with a judge; then reads the logs of its whole cluster and everything the job
+    wrote and said."""
     outputs = {f"http {what}": said for what, said in asked_over_http(service).items()}
     outputs |= a_job(service, folder)
     session = Path(service.env["RAY_TMPDIR"])
@@ -88,6 +98,8 @@ def run(service: LocalService, folder: Path) -> dict[str, Any]:
             outputs[str(file)] = file.read_bytes()
         except FileNotFoundError:  # a process that ended took it away
             continue
+    replica_logs = [s for f, s in outputs.items() if "replica_lda_LDAReplica" in Path(f).name]
+    assert any(SERVES.encode() in said for said in replica_logs), "the logs are somewhere else"
     outputs["serve status"] = _said([_program("serve"), "status"], service)
     found = [f"{name} in {where}" for where, said in outputs.items() for name in leaks(where, said)]
     return {
@@ -118,11 +130,16 @@ def asked_over_http(service: LocalService) -> dict[str, bytes]:
 
     Answers to good requests hold their prompt and are not among them.
     """
-    auth = {"authorization": f"Bearer {KEYS['LDA_API_KEY']}"}
-    with httpx.Client(base_url=service.url, timeout=60, headers=auth, trust_env=False) as client:
+    with httpx.Client(
+        base_url=service.url, timeout=60, headers=key_header(), trust_env=False
+    ) as client:
         paths = ("/ready", "/v1/models", "/metrics", "/version", "/health", "/runs", "/docs")
         told = {path: client.get(path) for path in (*paths, "/openapi.json", "/tokenizer_info")}
-        client.post("/generate_lda", json={"prompt": PROMPT, "max_new_tokens": 4})
+        good = client.post("/generate_lda", json={"prompt": PROMPT, "max_new_tokens": 4})
+        assert good.status_code == 200, good.status_code
+        almost = {"x-api-key": KEYS["LDA_API_KEY"][:-1], "authorization": ""}
+        told["almost the key"] = client.get("/v1/models", headers=almost)
+        assert told["almost the key"].status_code == 401
         wrong: list[Any] = [
             {"prompt": PROMPT, "alpha": PROMPT},
             {"prompt": PROMPT * 400},
@@ -156,13 +173,9 @@ def a_job(service: LocalService, folder: Path) -> dict[str, bytes]:
     with judge() as url:
         judged = ["--judge-url", url, "--judge-model", "m", "--judge-rubric", str(rubric)]
         judged += ["--judge-key-env", "CANARY_JUDGE_KEY", "--judge-cache", str(folder / "cache")]
-        submit = [_program("ray"), "job", "submit", "--working-dir", ".", "--"]
-        for _ in range(10):  # a cluster just begun has no agent for jobs yet
-            said = _said([*submit, *sweep, *judged], service)
-            if b"No available agent" not in said:
-                break
-            time.sleep(3)
-    assert (folder / "run" / "report.html").exists(), said.decode(errors="replace")[-3000:]
+        done = submit(service, *sweep, *judged)
+    said = (done.stdout + done.stderr).encode()
+    assert (folder / "run" / "report.html").exists(), done.stdout[-3000:] + done.stderr[-1000:]
     assert _Judge.asked > 1
     other = _said([_program("python"), *sweep[1:], "--seed", "1"], service)
     assert b"another" in other or b"differ" in other, other

@@ -17,6 +17,7 @@ from lda_core import PairConfig
 
 from .asked import ROOT, TINY
 
+URL = "http://127.0.0.1"  # a name that the edge lets in
 # Small, so that what is accepted is soon done; the checks are the same.
 LIMITS = Limits(max_new_tokens=80, max_n=4, max_batch_prompts=8, max_capture_numbers=200_000)
 
@@ -71,7 +72,9 @@ async def door() -> AsyncIterator[tuple[httpx.AsyncClient, dict[str, Any]]]:
         transport = httpx.ASGITransport(ingress.app, raise_app_exceptions=False)
         context = SimpleNamespace(servable_object=ingress)
         with mock.patch.object(serve, "get_replica_context", lambda: context):
-            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://127.0.0.1"
+            ) as client:
                 yield client, ingress.app.openapi()
     finally:
         await asyncio.to_thread(service.close)

@@ -43,16 +43,14 @@ def run(service: LocalService, cases: int, over_http: int, random_seed: int = 3)
     statuses = Counter[int]()
     for (_, status), count in seen.items():
         statuses[status] += count
+    routes = {route for route, _ in seen if not route.startswith("GET")}
     return {
         "fuzz_cases": statuses.total(),
         "fuzz_5xx": len(failures),
         "statuses": dict(sorted(statuses.items())),
         # What is refused at the door tells nothing of what lies behind it.
-        "never_accepted": sorted(
-            route
-            for route in {route for route, _ in seen}
-            if not seen[route, 200] and not route.startswith("GET")
-        ),
+        "routes": len(routes),
+        "never_accepted": sorted(route for route in routes if not seen[route, 200]),
         "why": failures[:5],
     }
 
@@ -89,7 +87,7 @@ def drive(
             status, said = response.status_code, response.text[:200]
         except (httpx.HTTPError, TimeoutError) as error:
             status, said = 0, repr(error)
-        seen[f"{method} {path}", status] += 1
+        seen[f"{method.upper()} {path}", status] += 1
         if not 100 <= status < 500:
             failures.append(f"{status} of {method} {path} {headers}: {body!r:.300}: {said}")
 

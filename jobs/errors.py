@@ -30,7 +30,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # or its message would go
             error.filename = str(path)
         raise
 

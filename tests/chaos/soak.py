@@ -58,9 +58,11 @@ def run(service: LocalService, folder: Path, rows: int, every_s: float = 2.0) ->
     return {
         "soak_rows": written,
         "soak_seconds": round(seconds, 1),
+        "bytes_per_row": round((folder / "run" / "rows.jsonl").stat().st_size / written),
         "soak_processes": len(growth),
         "grew": sum(grown > MAX_GROWTH for grown in growth.values()),
         "worst_growth": round(max(growth.values()), 4),
+        "memory_mb": {names[pid]: round(memory[pid][-1][1] / 2**20) for pid in growth},
         "why": [f"{name}: {grown:+.1%}" for name, grown in growth.items() if grown > MAX_GROWTH],
     }
 

@@ -30,6 +30,9 @@ def check_json(
     body: bytes, max_depth: int, max_values: int, known: Callable[[], Container[str]]
 ) -> None:
     """Raises InvalidRequest or TooManyValues. `known`: the names that a message may repeat."""
+    # By whatever other encoding json.loads would find, it would read other JSON than is seen here.
+    if json.detect_encoding(body) not in ("utf-8", "utf-8-sig"):
+        raise _not_utf8()
     structure = _STRINGS.sub(b"", body).translate(_ONE_KIND, _NOT_STRUCTURE)
     if structure.count(b",") + structure.count(b"[") > max_values:
         raise TooManyValues
@@ -38,7 +41,7 @@ def check_json(
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise InvalidRequest("", "the body is not UTF-8", "invalid_json") from None
+        raise _not_utf8() from None
     try:
         value = json.loads(text, object_pairs_hook=_distinct)
     except _SaidTwice as twice:
@@ -53,6 +56,10 @@ def check_json(
         named = (key for key, one in fields.items() if key in known() and not _is_text(one))
         message = "a string holds half a surrogate pair, which is no text"
         raise InvalidRequest(next(named, ""), message, "lone_surrogate")
+
+
+def _not_utf8() -> InvalidRequest:
+    return InvalidRequest("", "the body is not UTF-8", "invalid_json")
 
 
 def _is_text(value: object) -> bool:

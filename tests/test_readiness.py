@@ -44,6 +44,17 @@ def status(state: str, message: str = "", **replicas: int) -> DeploymentStatusOv
             "CheckpointError: /a: *** no",
         ),
         (
+            status(
+                "DEPLOY_FAILED",
+                TRACEBACK.format(
+                    error="lda_core.errors.CheckpointError: /a: hf_abc-def.ghi_jkl "
+                    "sk-proj-0123456789 at https://me:pass@hub/x no"
+                ),
+            ),
+            "deploy_failed",
+            "/a: *** *** at https://***hub/x no",
+        ),
+        (
             status("DEPLOY_FAILED", TRACEBACK.format(error="OSError: hf_abcdefghijklmnop /secret")),
             "deploy_failed",
             "OSError; the log of the replica says more",

@@ -23,6 +23,7 @@ from deployments.edge_body import Bodies, ClientGone, Refused, has_body, replaye
 from deployments.edge_json import TooManyValues, check_json
 from deployments.edge_options import EdgeOptions, Keys
 from deployments.http_errors import answer, error_body, internal_error
+from deployments.ingress_metrics import count
 from deployments.schemas import InvalidRequest
 
 logger = logging.getLogger("ray.serve.access")
@@ -189,6 +190,8 @@ class EdgeMiddleware:
 
 
 def _answer_to(error: Exception) -> Response:
+    if isinstance(error, (Refused, InvalidRequest)):
+        count("lda_edge_refused", code=error.code)
     if isinstance(error, Refused):
         kind = "server_error" if error.status == 429 else "invalid_request_error"
         body = {"message": error.message, "type": kind, "param": None, "code": error.code}

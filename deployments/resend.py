@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from deployments.ingress_metrics import count
 from deployments.schemas import InvalidRequest, NotReady, Overdue, ReplicaUnavailable
 
 TRIES = 3
@@ -80,7 +81,9 @@ async def _turn(deaths: int, alone: asyncio.Lock | None) -> AsyncGenerator[None,
 async def _pause(deaths: int) -> None:
     """After so many deaths, and before the next try if there is one."""
     if deaths == TRIES:
+        count("lda_replicas_died")
         raise died()
+    count("lda_resent")
     await asyncio.sleep(FIRST_WAIT_S * 2 ** (deaths - 1))
 
 

@@ -56,6 +56,17 @@ def test_a_dead_replica_is_asked_again_a_bounded_number_of_times(death: Exceptio
     assert len(seen) == resend.TRIES
 
 
+def test_deaths_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+    monkeypatch.setattr(resend, "count", counted.append)
+    asyncio.run(resend.ask(calls(["text"])[0]))
+    assert counted == []
+    asyncio.run(resend.ask(calls([DEAD, "text"])[0]))
+    assert counted == ["lda_resent"]
+    streamed(*[Said(DEAD) for _ in range(9)])
+    assert counted[1:] == ["lda_resent", "lda_resent", "lda_replicas_died"]
+
+
 @pytest.mark.parametrize("how", ["ask", "ask_each"])
 def test_the_last_try_of_one_is_not_beside_the_last_try_of_another(how: str) -> None:
     """One request kills whatever it comes to, with all that is there: nine others that were beside

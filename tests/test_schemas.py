@@ -55,6 +55,8 @@ SECRET = "SECRET-VALUE"
         ({"prompt_ids": [1], "prompt_format": "alpaca"}, "", "prompt_format raw"),
         ({"prompt_ids": [1], "system_prompt": "b"}, "", "system_prompt needs"),
         ({"prompt": SECRET + "\ud800"}, "prompt", "lone surrogate"),
+        ({"prompt": "a", "prompt_format": SECRET + "\ud800"}, "prompt_format", "lone surrogate"),
+        ({"prompt": "a", SECRET + "\ud800": 1}, "", "lone surrogate"),
         ({"prompt": [SECRET]}, "prompt", "valid string"),
         ({}, "", "exactly one of prompt, prompt_ids, messages and"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "", "exactly one"),

@@ -23,14 +23,13 @@ _SECRET = re.compile(r"\b(?:hf|sk|api)[-_][^\s'\"]{8,}|(?<=://)[^\s/@]+@")
 _IN_LOG = "the log of the replica says more"
 _MAX_CHARS = 500
 _STATUS_TIMEOUT_S = 2.0
-BUSY = "busy"
 # One thread, and its own: a controller that does not answer must not take those of others.
 _status_thread = ThreadPoolExecutor(1)
 
 
 async def why(replica: DeploymentHandle, error: Exception) -> NotReady:
     """What keeps the deployment behind a handle from answering, where asking it gave `error`; with
-    the code BUSY where its replicas run, and had no time for the question."""
+    the code `busy` where its replicas run, and had no time for the question."""
     if isinstance(error, NotReady):
         return error
     silence = NotReady(f"no answer ({type(error).__name__})", ReplicaUnavailable.code)
@@ -43,7 +42,7 @@ async def why(replica: DeploymentHandle, error: Exception) -> NotReady:
     if cause := explained(found):
         return cause
     if isinstance(error, (BackPressureError, TimeoutError)):
-        return NotReady("its replicas run, but are too busy to say what they are", BUSY)
+        return NotReady("its replicas run, but are too busy to say what they are", "busy")
     return silence
 
 

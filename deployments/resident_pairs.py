@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.model_names import DEFAULT
-from deployments.readiness import BUSY, why
+from deployments.readiness import why
 from deployments.resend import ask, ask_each, ask_once, together
 from deployments.schemas import (
     Captured,
@@ -134,7 +134,7 @@ class ResidentPair:
                 self._info = await ask_once(self._replica.describe.remote())
         except (ReplicaUnavailable, BackPressureError, TimeoutError) as error:
             reason = await why(self._replica, error)
-            if self._info is None or reason.code != BUSY:
+            if self._info is None or reason.code != "busy":
                 raise reason from None
         assert self._info is not None
         return self._info

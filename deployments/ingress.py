@@ -288,8 +288,9 @@ class Ingress(openai_routes.OpenAIRoutes):
 
     @app.get("/ready")
     async def ready(self, pair: str | None = None) -> PairInfo | PairInfos:
-        """200 with the pair once a replica answers, else 503, which says why. Of several pairs with
-        all of them (or the one that is asked for), once of each a replica answers."""
+        """200 with the pair once a replica answers, and from then on also while those that run are
+        too busy to; else 503, which says why. Of several pairs with all of them (or the one that
+        is asked for), once of each a replica answers."""
         infos = await self._pairs.describe(pair)
         if pair is None and len(self._pairs.names) > 1:
             return PairInfos(pairs=infos)

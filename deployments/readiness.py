@@ -57,23 +57,22 @@ async def _status(replica: DeploymentHandle) -> DeploymentStatusOverview | None:
 
 
 def explained(status: DeploymentStatusOverview) -> NotReady | None:
-    """None where Serve finds nothing wrong."""
+    """None where a replica runs: more that start, or fail to, do not keep it from answering."""
     states = status.replica_states
+    if states.get("RUNNING"):
+        return None
     cause = _cause(status.message)
     if status.status == "DEPLOY_FAILED":
         return NotReady(f"it cannot start: {cause or _IN_LOG}", "deploy_failed")
-    if cause is not None and not states.get("RUNNING"):
+    if cause is not None:
         return NotReady(f"it does not start: {cause}", "deploy_failed")
     if states.get("STARTING"):
         return NotReady("it is starting: the models are being loaded", "starting")
     if states.get("RECOVERING") or states.get("UPDATING"):
         return NotReady("it is starting again", "starting")
-    if not states.get("RUNNING"):
-        return NotReady(
-            "it has no replica and none starts: are there enough GPUs, CPUs and memory?",
-            "no_replica",
-        )
-    return None
+    return NotReady(
+        "it has no replica and none starts: are there enough GPUs, CPUs and memory?", "no_replica"
+    )
 
 
 def _cause(message: str) -> str | None:

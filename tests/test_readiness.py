@@ -69,6 +69,9 @@ def test_why_a_pair_does_not_answer(found: DeploymentStatusOverview, code: str, 
     assert "\n" not in told.message and len(told.message) < 600
 
 
-def test_where_serve_finds_nothing_there_is_nothing_to_tell() -> None:
+def test_where_a_replica_runs_there_is_nothing_to_tell() -> None:
     assert explained(status("HEALTHY", RUNNING=2)) is None
     assert explained(status("UPDATING", "lda_core.errors.X: y", RUNNING=1)) is None
+    # More replicas come because those that run are busy; an update that fails leaves them.
+    assert explained(status("UPSCALING", RUNNING=1, STARTING=3)) is None
+    assert explained(status("DEPLOY_FAILED", "lda_core.errors.X: y", RUNNING=1)) is None

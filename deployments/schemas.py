@@ -88,6 +88,9 @@ class NotReady(ReplicaUnavailable):
         self.message = message
         self.code = code
 
+    def __str__(self) -> str:
+        return self.message
+
     @property
     def told(self) -> str:
         return self.message

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import ROOT
 from fakes import PAIR
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
@@ -859,6 +860,12 @@ def test_a_client_that_reads_is_passed_through() -> None:
         assert [one.get("body") for one in got] == [b"a", b"b", None]
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("file", ["Makefile", "README.md", "serve_config.a40.yaml"])
+def test_whoever_starts_the_service_is_told_to_set_it(file: str) -> None:
+    ((name, path),) = CALLBACK.items()
+    assert f"{name}={path}" in (ROOT / file).read_text()
 
 
 def test_serve_can_call_it_by_its_name() -> None:

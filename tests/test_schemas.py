@@ -11,6 +11,7 @@ from deployments.schemas import (
     GenerateRequest,
     InvalidRequest,
     Limits,
+    NotReady,
     ScoreRequest,
     StreamRequest,
     parse,
@@ -127,6 +128,8 @@ def test_limits_name_the_field_and_the_range() -> None:
 def test_errors_survive_pickling() -> None:
     error = pickle.loads(pickle.dumps(InvalidRequest("n", "must be 1", "code")))
     assert (error.param, error.message, error.code) == ("n", "must be 1", "code")
+    reason = pickle.loads(pickle.dumps(NotReady("it is starting", "starting")))
+    assert (str(reason), reason.code) == ("it is starting", "starting")
 
 
 def test_the_plain_servers_defaults() -> None:

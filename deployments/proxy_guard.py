@@ -10,7 +10,7 @@ service works and is guarded by its edge, but
   are not UTF-8.
 
 The connection of a client that does not read stays open even so until the client closes it: the
-server waits for what it wrote last, PIECE_BYTES, to be read.
+server waits for what it wrote last, at most two of PIECE_BYTES, to be read.
 """
 
 import asyncio

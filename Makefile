@@ -4,6 +4,7 @@ PORT ?= 8000
 BIN := .venv/bin
 STAMP := .venv/installed
 export RAY_USAGE_STATS_ENABLED := 0
+GUARD := RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy_guard:middlewares
 
 .PHONY: setup demo serve test chaos bench bench-rates bench-captures bench-replicas check fix train-organism
 
@@ -18,7 +19,7 @@ demo: setup
 	PORT=$(PORT) $(BIN)/python -m deployments.demo
 
 serve: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" RAY_AUTH_MODE=token serve run serve_config.yaml
+	PATH="$(CURDIR)/$(BIN):$$PATH" RAY_AUTH_MODE=token $(GUARD) serve run serve_config.yaml
 
 test: setup
 	$(BIN)/python -m pytest

@@ -78,16 +78,16 @@ _Replica = serve.deployment(
     max_queued_requests=2048,
     health_check_period_s=5.0,
     health_check_timeout_s=30.0,
-    graceful_shutdown_timeout_s=660.0,  # above `Limits.max_request_s`, or draining loses requests
 )(LDAReplica)
 _Ingress = serve.deployment(
     name="Ingress",
     # More than all replicas may hold and queue: their queue is the one that is bounded, and
     # answers 429 when it is full. Before the ingress requests would wait without a limit.
     max_ongoing_requests=8192,
-    graceful_shutdown_timeout_s=660.0,  # above `Limits.max_request_s`, or draining loses requests
     ray_actor_options={"num_cpus": 0},
 )(Ingress)
+# Draining lasts so much longer than any request, or it loses some.
+_DRAINED_AFTER_S = 60.0
 
 
 def build_app(args: AppArgs) -> Application:
@@ -96,13 +96,15 @@ def build_app(args: AppArgs) -> Application:
     In a config file's `deployments` they are `LDAReplica`, or of `pairs` `LDAReplica-NAME`.
     """
 
+    drain_s = args.limits.max_request_s + _DRAINED_AFTER_S
+
     def replicas(name: str, one: OnePair) -> Application:
         deployment = replica_deployment(None if args.pairs is None else name)
-        return _Replica.options(name=deployment).bind(
+        return _Replica.options(name=deployment, graceful_shutdown_timeout_s=drain_s).bind(
             one.pair, one.engine, args.stuck_after_s, one.traits, args.limits
         )
 
-    return _Ingress.bind(
+    return _Ingress.options(graceful_shutdown_timeout_s=drain_s).bind(
         {name: replicas(name, one) for name, one in args.resident.items()},
         args.limits,
         args.results,

@@ -56,8 +56,8 @@ class Bodies:
         self._check(headers)
         if self.reading >= self._options.max_bodies:
             raise _busy()
-        body = bytearray()
-        held = 0
+        chunks: list[bytes] = []
+        length = held = 0
         self.reading += 1
         try:
             try:
@@ -68,10 +68,11 @@ class Bodies:
                         if message["type"] == "http.disconnect":
                             raise ClientGone
                         more = message.get("more_body", False)
-                        body += message.get("body", b"")
-                        if len(body) > self._options.max_body_bytes:
+                        chunks.append(message.get("body", b""))
+                        length += len(chunks[-1])
+                        if length > self._options.max_body_bytes:
                             raise self._too_large()
-                        beyond = max(0, len(body) - SMALL_BYTES) - held
+                        beyond = max(0, length - SMALL_BYTES) - held
                         if beyond and self.held_bytes + beyond > self._options.max_bodies_bytes:
                             raise _busy()
                         held += beyond
@@ -86,7 +87,9 @@ class Bodies:
                 ) from None
             finally:
                 self.reading -= 1
-            yield bytes(body)
+            body = b"".join(chunks)
+            chunks.clear()  # what is counted is held once
+            yield body
         finally:
             self.held_bytes -= held
 

@@ -105,7 +105,3 @@ def install_error_handlers(app: FastAPI) -> None:
         kind = "invalid_request_error"
         body = {"message": error.detail, "type": kind, "param": None, "code": None}
         return answer(error.status_code, body)
-
-    @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> JSONResponse:
-        return internal_error(error)

@@ -67,6 +67,10 @@ add_page_routes(app, lambda: serve.get_replica_context().servable_object.results
 app.add_middleware(EdgeMiddleware, edge=lambda: serve.get_replica_context().servable_object.edge)
 
 
+# A job that starts while replicas do waits for them; HTTP answers sooner, with 503.
+DESCRIBED_BY_HANDLE_S = 50.0
+
+
 def listening_host() -> str | None:
     """Where this cluster's HTTP proxies listen; None: nowhere."""
     host: str | None = _get_global_client().http_config.host
@@ -148,20 +152,19 @@ class Ingress(openai_routes.OpenAIRoutes):
         return await self._pairs.of(request.pair).capture(request)
 
     async def describe(self, pair: str | None = None) -> PairInfo:
-        """What a resident pair is; asks a replica, so it fails if none can answer."""
-        return await self._pairs.of(pair).describe()
+        """What a resident pair is. Raises InvalidRequest for a name that is none, NotReady, which
+        says why no replica answers."""
+        return await self._pairs.of(pair).describe(DESCRIBED_BY_HANDLE_S)
 
     # -- over HTTP: the plain LDA server's endpoints -------------------------------------
 
     @app.post("/generate_lda")
     async def generate_lda(self, body: LDARequest) -> LDAResponse:
         """Samples of one prompt from `after + alpha * (after - before)`."""
-        done = require_good(await self.generate(body.request()))
         models = await self._pairs.of(body.pair).models()
+        done = require_good(await self.generate(body.request()))
         return LDAResponse(
-            **LDAResult.result_fields(body.prompt, done, body.max_new_tokens),
-            model_after=models["model_after"],
-            model_before=models["model_before"],
+            **LDAResult.result_fields(body.prompt, done, body.max_new_tokens), **models
         )
 
     @app.post("/generate_lda_batch")
@@ -181,6 +184,7 @@ class Ingress(openai_routes.OpenAIRoutes):
                 self._limits.check(request)
             except InvalidRequest as error:
                 raise InvalidRequest(body.param(error.param, i), error.message) from None
+        models = await self._pairs.of(body.pair).models()
         gate = asyncio.Semaphore(max(1, self._limits.batch_rows_in_flight // body.n))
 
         async def one(prompt: str, request: GenerateRequest) -> LDAResult | RowError:
@@ -196,17 +200,17 @@ class Ingress(openai_routes.OpenAIRoutes):
             results=results,
             alpha=body.alpha,
             batch_size=len(results),
-            **await self._pairs.of(body.pair).models(),
+            **models,
         )
 
     @app.post("/generate")
     async def generate_side_by_side(self, body: SideBySideRequest) -> SideBySideResponse:
         """*after* (model_1) and *before* (model_2) on one prompt with one seed."""
         request = with_seed(body.request(alpha=0.0))
+        models = await self._pairs.of(body.pair).models()
         after, before = await together(
             self.generate(request), self.generate(request.model_copy(update={"alpha": -1.0}))
         )
-        models = await self._pairs.of(body.pair).models()
         answers = [
             ModelAnswer(
                 model_id=models[role],
@@ -266,7 +270,7 @@ class Ingress(openai_routes.OpenAIRoutes):
     @app.get("/tokenizer_compatibility")
     async def tokenizer_compatibility(self, pair: str | None = None) -> TokenizerCompatibility:
         """A service that is up has compatible tokenizers: others are refused at start."""
-        info = await self.describe(pair)
+        info = await self._pairs.of(pair).describe()
         return TokenizerCompatibility(
             compatible=True,
             vocab_size_1=info.tokenizer_size_after,
@@ -284,8 +288,9 @@ class Ingress(openai_routes.OpenAIRoutes):
 
     @app.get("/ready")
     async def ready(self, pair: str | None = None) -> PairInfo | PairInfos:
-        """200 with the pair once a replica answers, else 503, which says why. Of several pairs with
-        all of them (or the one that is asked for), once of each a replica answers."""
+        """200 with the pair once a replica answers, and from then on also while those that run are
+        too busy to; else 503, which says why. Of several pairs with all of them (or the one that
+        is asked for), once of each a replica answers."""
         infos = await self._pairs.describe(pair)
         if pair is None and len(self._pairs.names) > 1:
             return PairInfos(pairs=infos)

@@ -1,10 +1,10 @@
 """GET /metrics: what all replicas count, as Prometheus wants it; a part of the ingress.
 
-Where the numbers come from: `deployments/metrics.py` counts in each replica and tells Ray, as
-Serve does with its own numbers. Ray's agent on each node has those of the node's processes, some
-seconds old, at its metrics port; this route asks the agents of all living nodes and passes on what
-is ours (`lda_...`) and Serve's on our replicas' queue and batches (`serve_...`), without Ray's
-labels. `lda_metrics_nodes` says how many nodes answered.
+Where the numbers come from: `metrics.py` counts in each replica, `ingress_metrics.py` in the
+ingress, and they tell Ray, as Serve does with its own numbers. Ray's agent on each node has those
+of the node's processes, some seconds old, at its metrics port; this route asks the agents of all
+living nodes and passes on what is ours (`lda_...`) and Serve's on our replicas' queue and batches
+(`serve_...`), without Ray's labels. `lda_metrics_nodes` says how many nodes answered.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ _SERVE = (
     *("num_ongoing_requests_at_replicas", "deployment_replica_healthy"),
     *("deployment_replica_starts_total", "deployment_request_counter_total"),
 )
-_LABELS = ("application", "deployment", "replica", "alpha", "le", "function_name")
+_LABELS = ("application", "deployment", "replica", "alpha", "le", "function_name", "code")
 _TIMEOUT_S = 5.0
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _SAMPLE = re.compile(r"ray_(\w+)(?:\{(.*)\})? (\S+)")

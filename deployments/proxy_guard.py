@@ -8,9 +8,13 @@ service works and is guarded by its edge, but
   likes, and its rows are decoded to their end;
 - the proxy says an `x-request-id` back as it came, and fails with a bare 500 on some headers that
   are not UTF-8.
+
+The connection of a client that does not read stays open even so until the client closes it: the
+server waits for what it wrote last, at most two of PIECE_BYTES, to be read.
 """
 
 import asyncio
+from collections.abc import Iterator
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +23,9 @@ from deployments.request_ids import HEADER, is_good
 
 CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy_guard:middlewares"}
 SEND_TIMEOUT_S = 30.0
+# The server waits for its client only before it writes, so the last part of an answer is always in
+# memory: it must not be all of it.
+PIECE_BYTES = 64 * 2**10
 
 # Serve obeys these, and reads their values as UTF-8. No client of ours needs them, and the last
 # one would keep the rows of clients that have gone.
@@ -54,21 +61,22 @@ def _passes(name: bytes, value: bytes) -> bool:
 
 
 class _Connection:
-    """Once a message could not be sent in time, the client counts as gone: so it is told to Serve,
-    which stops the request, and the server closes the connection of an unfinished answer."""
+    """Once PIECE_BYTES could not be sent in time, the client counts as gone: so it is told to
+    Serve, which stops the request, and nothing more is kept for the client."""
 
     def __init__(self, receive: Receive, send: Send, timeout_s: float) -> None:
         self._receive, self._send, self._timeout_s = receive, send, timeout_s
         self._cut = asyncio.Event()
 
     async def send(self, message: Message) -> None:
-        if self._cut.is_set():
-            return
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._send(message)
-        except TimeoutError:
-            self._cut.set()
+        for piece in _pieces(message):
+            if self._cut.is_set():
+                return
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await self._send(piece)
+            except TimeoutError:
+                self._cut.set()
 
     async def receive(self) -> Message:
         received = asyncio.ensure_future(self._receive())
@@ -79,3 +87,14 @@ class _Connection:
         finally:
             received.cancel()
             cut.cancel()
+
+
+def _pieces(message: Message) -> Iterator[Message]:
+    body = message.get("body", b"")
+    if len(body) <= PIECE_BYTES:
+        yield message
+        return
+    for start in range(0, len(body), PIECE_BYTES):
+        end = start + PIECE_BYTES
+        more = end < len(body) or message.get("more_body", False)
+        yield {**message, "body": body[start:end], "more_body": more}

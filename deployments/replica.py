@@ -3,7 +3,6 @@
 import asyncio
 import importlib.metadata
 import logging
-import math
 import os
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -82,6 +81,7 @@ class LDAReplica:
         self._pair = lda_core.ModelPair.load(pair)
         lda_core.self_test(self._pair)
         self._stuck_after_s = stuck_after_s
+        self._looked_stuck = False
         for notice in self._pair.notices:
             logger.warning("pair: %s", notice)
         noise = lda_core.noise_floor(self._pair)
@@ -146,8 +146,8 @@ class LDAReplica:
     ) -> AsyncGenerator[list[Piece], None]:
         """The same completions while they come: what is new of all samples, step by step.
 
-        Raises as `generate` does, where it can before the first piece. Whoever closes it has the
-        rows leave at the next step.
+        Raises as `generate` does, before the first piece if all rows are refused. Whoever closes
+        it has the rows leave at the next step.
         """
         prompt, rows = self._rows(request, self._within_s(until))
         tokenizer, eos_ids = self._pair.tokenizer, self._pair.eos_ids
@@ -159,6 +159,10 @@ class LDAReplica:
                 loop.call_soon_threadsafe(woken.set)
 
         feed = Feed(rows, wake)
+        # Pieces of rows that were refused, until another row has any: if all are, the answer does
+        # not begin, and its status can still say so.
+        held: list[Piece] = []
+        begun = False
         try:
             futures = await self._admit(rows)
             for future in futures:
@@ -170,11 +174,15 @@ class LDAReplica:
                 failed = next(filter(None, map(failure, futures)), None)
                 if news := feed.fetch():
                     going -= sum(new.completion is not None for new in news.values())
-                    yield [
+                    held += [
                         to_piece(i, rows[i], new, settled[i], prompt.text)
                         for i, new in sorted(news.items())
                     ]
-                    await asyncio.sleep(_PIECES_APART_S if going else 0)
+                    begun = begun or any(rows[i].refused is None for i in news)
+                    if begun:
+                        yield held
+                        held = []
+                        await asyncio.sleep(_PIECES_APART_S if going else 0)
                 if failed is not None:  # after the last news
                     raise failed
             if all(row.refused for row in rows) and (refused := rows[0].refused):
@@ -347,9 +355,7 @@ class LDAReplica:
         futures = iter(self._engine.submit([row for rows in items for row in rows]))
         return [[next(futures) for _ in rows] for rows in items]
 
-    def _rows(
-        self, request: GenerateRequest, within_s: float = math.inf
-    ) -> tuple[lda_core.Prompt, list[Row]]:
+    def _rows(self, request: GenerateRequest, within_s: float) -> tuple[lda_core.Prompt, list[Row]]:
         assert request.seed is not None  # the ingress has chosen one
         messages = [message.model_dump() for message in request.messages or []]
         text = request.prompt if request.open_prompt is None else request.open_prompt
@@ -427,15 +433,22 @@ class LDAReplica:
         return await asyncio.to_thread(vocabulary, self._pair)
 
     def check_health(self) -> None:
-        """Ends the replica where the engine's thread is dead or stuck, and Ray starts another.
+        """Ends the replica where the engine's thread is dead, or stuck twice in a row, and Ray
+        starts another. Once may be a machine that stood still: the engine's thread, too, needs a
+        moment to go on, and the replicas of all its service must not end together.
 
         Raising is not enough: a replica that fails its checks is asked to finish first what it
-        holds, for as long as draining may take, and a stuck one never does.
+        holds, for as long as draining may take, and a stuck one never does. Raises EngineStopped.
         """
         self._metrics.update()
+        looked_stuck, self._looked_stuck = self._looked_stuck, False
         try:
             self._engine.check(self._stuck_after_s)
         except lda_core.EngineStopped as error:
+            self._looked_stuck = isinstance(error, lda_core.EngineStuck)
+            if self._looked_stuck and not looked_stuck:
+                logger.warning("%s; at the next check this replica ends", error)
+                return
             logger.error("this replica ends: %s", error)
             die()
             raise

@@ -5,16 +5,20 @@ Safe for anything with a seed: the same request gives the same answer on any rep
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from deployments.ingress_metrics import count
 from deployments.schemas import InvalidRequest, NotReady, Overdue, ReplicaUnavailable
 
 TRIES = 3
 FIRST_WAIT_S = 0.2  # then 0.4 s: a dead replica's neighbour can answer at once
+# A request that kills does so at its first steps. Longer turns would take the innocent, one after
+# another, past their deadlines.
+ALONE_S = 2.0
 
 T = TypeVar("T")
 Item = TypeVar("Item", covariant=True)
@@ -33,8 +37,8 @@ async def ask(call: Callable[[], Awaitable[T]], alone: asyncio.Lock | None = Non
     """What `call` answers. After TRIES replicas that died of it, or with it, raises
     InvalidRequest: whatever the reason, it must not walk on through all replicas.
 
-    `alone`: held for the last try, by all requests to the same replicas. What has died with a
-    request that kills is not beside it a third time.
+    `alone`: held at the beginning of the last try, by all requests to the same replicas, for
+    ALONE_S at most. What has died with a request that kills is not beside it a third time.
 
     A replica's own InvalidRequest comes out as itself, anything else as it comes.
     """
@@ -52,14 +56,34 @@ async def ask(call: Callable[[], Awaitable[T]], alone: asyncio.Lock | None = Non
         await _pause(deaths)
 
 
-def _turn(deaths: int, alone: asyncio.Lock | None) -> AbstractAsyncContextManager[None]:
-    return alone if alone is not None and deaths == TRIES - 1 else nullcontext()
+@asynccontextmanager
+async def _turn(deaths: int, alone: asyncio.Lock | None) -> AsyncGenerator[None, None]:
+    if alone is None or deaths < TRIES - 1:
+        yield
+        return
+    await alone.acquire()
+    held = True
+
+    def release() -> None:
+        nonlocal held
+        if held:
+            held = False
+            alone.release()
+
+    timer = asyncio.get_running_loop().call_later(ALONE_S, release)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        release()
 
 
 async def _pause(deaths: int) -> None:
     """After so many deaths, and before the next try if there is one."""
     if deaths == TRIES:
+        count("lda_replicas_died")
         raise died()
+    count("lda_resent")
     await asyncio.sleep(FIRST_WAIT_S * 2 ** (deaths - 1))
 
 
@@ -83,7 +107,8 @@ async def ask_each(
     """What `call` answers, item by item; closed, it cancels the call.
 
     Raises as `ask` does, but asks again only before the first item. After that the answer ends in
-    ReplicaDied: what was said cannot be taken back. The last try is alone until the first item.
+    ReplicaDied: what was said cannot be taken back. The last try is alone as in `ask`, at most
+    until the first item.
     """
     deaths = 0
     while True:

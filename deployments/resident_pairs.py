@@ -66,7 +66,7 @@ class ResidentPair:
         request = with_seed(request)
         until = self._until()
         done: list[Completion] = await self._ask(
-            lambda: self._replica.generate.remote(request, until)
+            lambda: self._replica.generate.remote(request, until), until
         )
         return done
 
@@ -90,7 +90,9 @@ class ResidentPair:
         """How likely each continuation of a prompt is."""
         self._limits.check(request)
         until = self._until()
-        scored: list[Scored] = await self._ask(lambda: self._replica.score.remote(request, until))
+        scored: list[Scored] = await self._ask(
+            lambda: self._replica.score.remote(request, until), until
+        )
         return scored
 
     async def capture(
@@ -101,34 +103,48 @@ class ResidentPair:
         self._limits.check(request)
         until = self._until()
         captured: list[Captured] = await self._ask(
-            lambda: self._replica.capture.remote(request, most_numbers, until)
+            lambda: self._replica.capture.remote(request, most_numbers, until), until
         )
         return captured
 
     async def read(self, request: ReadRequest) -> ReadPrompt:
         """A prompt as the models read it."""
-        read: ReadPrompt = await self._ask(lambda: self._replica.read.remote(request))
+        read: ReadPrompt = await self._ask(
+            lambda: self._replica.read.remote(request), self._until()
+        )
         return read
 
     async def vocabulary(self) -> Vocabulary:
         """Asked for once."""
         if self._vocabulary is None:
-            self._vocabulary = await self._ask(lambda: self._replica.vocabulary.remote())
+            self._vocabulary = await self._ask(
+                lambda: self._replica.vocabulary.remote(), self._until()
+            )
         assert self._vocabulary is not None
         return self._vocabulary
 
-    async def describe(self) -> PairInfo:
-        """What the pair is; asks a replica, so it fails if none can answer."""
-        info: PairInfo = await ask_once(self._replica.describe.remote())
-        self._info = info
-        return info
+    async def describe(self, timeout_s: float = READY_TIMEOUT_S) -> PairInfo:
+        """What the pair is: asks a replica, and where all run but none has time to answer, says
+        what one told before. A service at work is not to be taken for one that is gone.
+
+        Raises NotReady, which says why none answers.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                self._info = await ask_once(self._replica.describe.remote())
+        except (ReplicaUnavailable, BackPressureError, TimeoutError) as error:
+            reason = await why(self._replica, error)
+            if self._info is None or reason.code != "busy":
+                raise reason from None
+        assert self._info is not None
+        return self._info
 
     def _until(self) -> float:
         """When what is asked now is to be answered: by the wall's clock, which nodes share."""
         return time.time() + self._limits.max_request_s
 
-    async def _ask(self, call: Callable[[], Awaitable[T]]) -> T:
-        async with self._in_time(self._until()):
+    async def _ask(self, call: Callable[[], Awaitable[T]], until: float) -> T:
+        async with self._in_time(until):
             return await ask(call, self._alone)
 
     @asynccontextmanager
@@ -142,15 +158,17 @@ class ResidentPair:
     async def ready(self, timeout_s: float) -> PairInfo | NotReady:
         """What the pair is, or why it does not answer."""
         try:
-            async with asyncio.timeout(timeout_s):
-                return await self.describe()
-        except (ReplicaUnavailable, BackPressureError, TimeoutError) as error:
-            return await why(self._replica, error)
+            return await self.describe(timeout_s)
+        except NotReady as error:
+            return error
 
     async def models(self) -> dict[str, str]:
-        """What the two models are, as it was last told."""
-        info = self._info or await self.describe()
-        return {"model_after": info.after, "model_before": info.before}
+        """What the two models are, as it was last told. To be asked before what is worth keeping:
+        the first time it waits for a replica, as any request does."""
+        if self._info is None:
+            self._info = await self._ask(lambda: self._replica.describe.remote(), self._until())
+        assert self._info is not None
+        return {"model_after": self._info.after, "model_before": self._info.before}
 
 
 class ResidentPairs:

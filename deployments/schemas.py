@@ -70,14 +70,14 @@ class ReplicaUnavailable(RuntimeError):
 
 
 class Overdue(ReplicaUnavailable):
-    """The request waited for a slot until its time was over. Others do not wait less: it is not
-    sent again at once."""
+    """The request's time was over before there was anything to answer: it waited, or was not done.
+    Others do not wait less: it is not sent again at once."""
 
     code = "overdue"
 
     @property
     def told(self) -> str:
-        return "the request waited too long for a slot; try later, or ask for less at once"
+        return "not answered within max_request_s; try later, or ask for less at once"
 
 
 class NotReady(ReplicaUnavailable):
@@ -87,6 +87,9 @@ class NotReady(ReplicaUnavailable):
         super().__init__(message, code)  # positional, so that it survives pickling
         self.message = message
         self.code = code
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def told(self) -> str:
@@ -100,9 +103,12 @@ def _finite(value: object) -> object:
     return value
 
 
+_LONE_SURROGATE = "must not contain a lone surrogate"
+
+
 def _valid_unicode(value: object) -> object:
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError("must not contain a lone surrogate")
+        raise ValueError(_LONE_SURROGATE)
     return value
 
 
@@ -650,7 +656,9 @@ def explain(errors: Any, model: type[BaseModel] | None = None) -> InvalidRequest
     if first["type"] in ("model_attributes_type", "model_type", "dict_type") or not param:
         if first["type"] != "value_error":
             message = "the body must be a JSON object, sent with content-type: application/json"
-    if first["type"] == "too_short":
+    if first["type"] == "string_unicode":
+        message = _LONE_SURROGATE
+    elif first["type"] == "too_short":
         message = f"must have a length of at least {first['ctx']['min_length']}"
     elif first["type"] == "too_long":
         message = f"must have a length of at most {first['ctx']['max_length']}"

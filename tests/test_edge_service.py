@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -180,6 +181,18 @@ def test_a_key_is_asked_for_and_nowhere_to_be_found(
     lines = [json.loads(one[one.index("{") :]) for one in said.splitlines() if '"route"' in one]
     assert {"/generate_lda", "/docs", None} <= {one["route"] for one in lines}
     assert {"tests", None} == {one["key"] for one in lines}
+
+
+def test_what_the_edge_refuses_is_counted(guarded: LocalService, client: httpx.Client) -> None:
+    with httpx.Client(base_url=guarded.url, timeout=60) as stranger:
+        for answer in (stranger.get("/ready"), stranger.post("/health", json={})):
+            assert answer.status_code == 401
+    counted = re.compile(r'^lda_edge_refused_total\{.*code="invalid_api_key".*\} (\S+)$', re.M)
+    deadline = time.monotonic() + 60  # Ray's agent hears of it every few seconds
+    while not (found := counted.findall(client.get("/metrics").text)):
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert float(found[0]) >= 2
 
 
 def test_beyond_this_machine_it_does_not_start_without_keys(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from conftest import ROOT
 # Told by themselves where they are caught; nobody sees their names.
 INSIDE = {
     "CannotShare",
+    "ClientGone",
+    "Damaged",
     "InvalidRequest",
     "JobError",
     "LDAError",
@@ -16,6 +18,8 @@ INSIDE = {
     "RefusedPrompts",
     "ReplicaDied",
     "ReplicaUnavailable",
+    "TooManyValues",
+    "_SaidTwice",
 }
 
 
@@ -26,15 +30,15 @@ def trees() -> Iterator[ast.Module]:
 
 
 def codes() -> set[str]:
-    """Literals that are given as a `code`: as such, as the third argument of InvalidRequest and
-    try_later, the second of NotReady, or in a body."""
+    """Literals that are given as a `code`: as such, as the third argument of InvalidRequest,
+    Refused and try_later, the second of NotReady, or in a body."""
     found: set[str] = set()
 
     def add(node: ast.AST | None) -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.add(node.value)
 
-    place = {"InvalidRequest": 2, "try_later": 2, "NotReady": 1}
+    place = {"InvalidRequest": 2, "Refused": 2, "try_later": 2, "NotReady": 1}
     for tree in trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
@@ -83,6 +87,7 @@ def test_every_code_and_every_error_has_a_row_and_every_row_is_one() -> None:
     said = [row[0].strip("`") for row in rows()]
     assert len(set(said)) == len(said)
     assert {"invalid_value", "replicas_died", "queue_full", "starting"} <= codes()
+    assert {"invalid_api_key", "body_timeout", "too_many_bodies", "duplicate_key"} <= codes()
     assert "Stopped" in errors() and "DoesNotFitAtAll" in errors()
     assert set(said) == codes() | (errors() - INSIDE)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from conftest import ROOT
 
-from deployments import metrics, metrics_routes
+from deployments import ingress_metrics, metrics, metrics_routes
 
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "docs" / "grafana" / "lda.json").read_text())
 # Not of the moment.
@@ -16,6 +16,7 @@ UNSHOWN = {"lda_kv_tokens", "lda_copy_bytes_per_s", "lda_floor_bytes_total", "ld
 def exported() -> set[str]:
     """Names at /metrics: Ray adds _total to counters' and a histogram's parts to its name."""
     counters = {f"{metrics._NAMES.get(name, f'lda_{name}')}_total" for name in metrics._TOTALS}
+    counters |= {f"{name}_total" for name in ingress_metrics.COUNTERS}
     serve = {f"serve_{name}" for name in metrics_routes._SERVE}
     return counters | set(metrics._NOW) | serve | {"lda_metrics_nodes", "lda_noise_floor"}
 

@@ -44,6 +44,17 @@ def status(state: str, message: str = "", **replicas: int) -> DeploymentStatusOv
             "CheckpointError: /a: *** no",
         ),
         (
+            status(
+                "DEPLOY_FAILED",
+                TRACEBACK.format(
+                    error="lda_core.errors.CheckpointError: /a: hf_abc-def.ghi_jkl "
+                    "sk-proj-0123456789 at https://me:pass@hub/x no"
+                ),
+            ),
+            "deploy_failed",
+            "/a: *** *** at https://***hub/x no",
+        ),
+        (
             status("DEPLOY_FAILED", TRACEBACK.format(error="OSError: hf_abcdefghijklmnop /secret")),
             "deploy_failed",
             "OSError; the log of the replica says more",
@@ -58,6 +69,9 @@ def test_why_a_pair_does_not_answer(found: DeploymentStatusOverview, code: str, 
     assert "\n" not in told.message and len(told.message) < 600
 
 
-def test_where_serve_finds_nothing_there_is_nothing_to_tell() -> None:
+def test_where_a_replica_runs_there_is_nothing_to_tell() -> None:
     assert explained(status("HEALTHY", RUNNING=2)) is None
     assert explained(status("UPDATING", "lda_core.errors.X: y", RUNNING=1)) is None
+    # More replicas come because those that run are busy; an update that fails leaves them.
+    assert explained(status("UPSCALING", RUNNING=1, STARTING=3)) is None
+    assert explained(status("DEPLOY_FAILED", "lda_core.errors.X: y", RUNNING=1)) is None

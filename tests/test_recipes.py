@@ -130,7 +130,8 @@ def test_kuberay_serves_what_the_a40_file_serves() -> None:
     # Of what Ray finds in a pod, the object store takes 30 %, unless KubeRay says the limit.
     assert 0.7 * int(limits["memory"].removesuffix("Gi")) * 2**30 >= actor["memory"]
     grace = workers["template"]["spec"]["terminationGracePeriodSeconds"]
-    assert grace >= replica["graceful_shutdown_timeout_s"]
+    drained = build_app(AppArgs.model_validate(config["applications"][0]["args"]))
+    assert grace >= drained._bound_deployment._deployment_config.graceful_shutdown_timeout_s
 
 
 def test_kuberay_has_known_fields_and_lets_nobody_in() -> None:

@@ -64,7 +64,7 @@ def test_batch_settings_are_live_and_checked() -> None:
 
 
 def test_items_admitted_together_get_their_own_futures(replica: LDAReplica) -> None:
-    items = [replica._rows(request(n=n, seed=n, max_new_tokens=3))[1] for n in (1, 3, 2)]
+    items = [replica._rows(request(n=n, seed=n, max_new_tokens=3), 60.0)[1] for n in (1, 3, 2)]
     futures = replica._submit(items)
     assert [len(f) for f in futures] == [1, 3, 2]
     for rows, group in zip(items, futures, strict=True):
@@ -112,10 +112,12 @@ def test_a_stuck_engine_fails_the_health_check(
 
     async def ask() -> None:
         asking = asyncio.create_task(replica.generate(request(max_new_tokens=2)))
+        while time.monotonic() - replica._engine._beat < 0.2:
+            await asyncio.sleep(0.01)
+        replica.check_health()
+        assert died == []  # one late look may be a machine that stood still
         with pytest.raises(Exception, match="no step"):
-            for _ in range(1000):
-                await asyncio.sleep(0.01)
-                replica.check_health()
+            replica.check_health()
         assert died == [True]  # what it holds would keep it until draining is given up
         with pytest.raises(NotReady, match="no step") as caught:
             await replica.describe()
@@ -125,6 +127,17 @@ def test_a_stuck_engine_fails_the_health_check(
 
     asyncio.run(ask())
     replica.check_health()
+
+
+def test_an_engine_that_goes_on_after_its_machine_stood_still_is_not_ended(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.replica.die", lambda: pytest.fail("it lives"))
+    for _ in range(3):  # each time the check comes first, then the engine's own thread
+        with monkeypatch.context() as frozen:
+            frozen.setattr(replica, "_stuck_after_s", -1.0)
+            replica.check_health()
+        replica.check_health()
 
 
 def test_a_dead_engine_fails_requests_and_the_health_check(
@@ -178,7 +191,10 @@ def test_at_its_deadline_a_request_is_answered_with_what_it_has(
             await how(replica, request(max_new_tokens=5))
         return await beside
 
-    for how in (LDAReplica.generate, pieces_of):
+    async def first_piece(replica: LDAReplica, asked: GenerateRequest) -> None:
+        await anext(replica.stream(asked))
+
+    for how in (LDAReplica.generate, pieces_of, first_piece):
         monkeypatch.setattr(replica, "_limits", Limits(max_request_s=60.0))
         assert {c.finish_reason for c in asyncio.run(both(how))} == {"length"}
 
@@ -274,7 +290,7 @@ def test_a_prefill_is_read_and_not_answered(replica: LDAReplica) -> None:
 
 def test_a_prompt_in_tokens_is_that_prompt(replica: LDAReplica) -> None:
     text = request(n=2, max_new_tokens=6, prompt_format="alpaca", prompt="Hi")
-    ids = list(replica._rows(text)[1][0].request.prompt_ids)
+    ids = list(replica._rows(text, 60.0)[1][0].request.prompt_ids)
     tokens = request(n=2, max_new_tokens=6, prompt=None, prompt_ids=ids)
     assert asyncio.run(replica.generate(tokens)) == asyncio.run(replica.generate(text))
     said = [Continuation(text=" you")]
@@ -432,6 +448,47 @@ def test_a_streamed_row_that_memory_cannot_hold_is_the_callers_error(
     with pytest.raises(InvalidRequest, match=r"out of memory: \d+ prompt tokens and 40") as error:
         asyncio.run(pieces_of(replica, request(max_new_tokens=40)))
     assert error.value.code == "does_not_fit"
+
+
+def test_a_stream_whose_rows_are_all_refused_never_begins(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever steps they are: the answer's status can still say it."""
+    engine, refused = replica._engine.engine, []
+    refuse = engine._refuse
+    monkeypatch.setattr(engine, "_refuse", lambda new: refused.append(refuse(new)) or refused[-1])
+
+    def full(self: ModelRunner, step: StepInput) -> object:
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(ModelRunner, "decode_step", full)
+
+    async def first_piece() -> None:
+        await anext(replica.stream(request(n=3, max_new_tokens=40)))
+
+    with pytest.raises(InvalidRequest) as error:
+        asyncio.run(first_piece())
+    assert error.value.code == "does_not_fit" and len(refused) == 3
+
+
+def test_a_stream_tells_of_its_refused_rows_beside_the_others(
+    replica: LDAReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [time.monotonic()]
+    engine = replica._engine.engine
+    step = engine.step
+
+    def slow() -> Any:
+        clock[0] += 1.0
+        return step()
+
+    monkeypatch.setattr(engine._pace, "clock", lambda: clock[0])
+    monkeypatch.setattr(engine, "step", slow)
+    monkeypatch.setattr(replica, "_limits", Limits(max_request_s=10.0))
+    steps = asyncio.run(pieces_of(replica, request(n=6, max_new_tokens=100)))
+    done = {p.index: p.completion for pieces in steps for p in pieces if p.completion}
+    assert sorted(done) == list(range(6))
+    assert sorted(c.finish_reason for c in done.values()) == ["error"] * 2 + ["length"] * 4
 
 
 # -- captures ------------------------------------------------------------------------------

@@ -56,6 +56,17 @@ def test_a_dead_replica_is_asked_again_a_bounded_number_of_times(death: Exceptio
     assert len(seen) == resend.TRIES
 
 
+def test_deaths_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+    monkeypatch.setattr(resend, "count", counted.append)
+    asyncio.run(resend.ask(calls(["text"])[0]))
+    assert counted == []
+    asyncio.run(resend.ask(calls([DEAD, "text"])[0]))
+    assert counted == ["lda_resent"]
+    streamed(*[Said(DEAD) for _ in range(9)])
+    assert counted[1:] == ["lda_resent", "lda_resent", "lda_replicas_died"]
+
+
 @pytest.mark.parametrize("how", ["ask", "ask_each"])
 def test_the_last_try_of_one_is_not_beside_the_last_try_of_another(how: str) -> None:
     """One request kills whatever it comes to, with all that is there: nine others that were beside
@@ -105,6 +116,74 @@ def test_the_last_try_of_one_is_not_beside_the_last_try_of_another(how: str) -> 
     assert isinstance(poison, InvalidRequest) and poison.code == "replicas_died"
     assert others == list(range(1, 10))
     assert len(deaths) == resend.TRIES and len(deaths[0]) == 10 and deaths[-1] == {0}
+
+
+@pytest.mark.parametrize("how", ["ask", "ask_each"])
+def test_a_last_try_that_has_lived_for_a_while_lets_the_next_one_begin(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve innocents, each with two deaths behind it and 0.3 s of work before it: they are not
+    answered one after another, as their deadlines are the same."""
+    monkeypatch.setattr(resend, "ALONE_S", 0.01)
+    begun: list[float] = []
+
+    class Call:
+        def __init__(self) -> None:
+            self.deaths = 0
+
+        def cancel(self) -> None:
+            raise AssertionError("nobody leaves")
+
+        async def __anext__(self) -> str:
+            if self.deaths < resend.TRIES - 1:
+                self.deaths += 1
+                raise DEAD
+            begun.append(asyncio.get_running_loop().time())
+            await asyncio.sleep(0.3)
+            return "text"
+
+    async def one(alone: asyncio.Lock) -> str | None:
+        call = Call()
+        if how == "ask":
+            return await resend.ask(call.__anext__, alone)
+        async with contextlib.aclosing(resend.ask_each(lambda: call, alone)) as items:
+            async for item in items:
+                call.cancel = lambda: None  # type: ignore[method-assign]
+                return item
+        return None
+
+    async def all_of_them() -> list[str | None]:
+        alone = asyncio.Lock()
+        async with asyncio.timeout(1.0):
+            answers = await asyncio.gather(*(one(alone) for _ in range(12)))
+        assert not alone.locked()
+        return answers
+
+    assert asyncio.run(all_of_them()) == ["text"] * 12
+    assert begun == sorted(begun) and min(b - a for a, b in zip(begun, begun[1:], strict=False)) > 0
+
+
+def test_a_last_try_that_is_cancelled_lets_the_next_one_begin() -> None:
+    async def run() -> None:
+        alone = asyncio.Lock()
+        outcomes: list[Any] = [DEAD, DEAD, "wait"]
+
+        async def call() -> Any:
+            outcome = outcomes.pop(0)
+            if outcome == "wait":
+                await asyncio.sleep(60)
+            raise outcome
+
+        task = asyncio.ensure_future(resend.ask(call, alone))
+        while outcomes:
+            await asyncio.sleep(0.001)
+        assert alone.locked()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not alone.locked()
+
+    asyncio.run(run())
 
 
 def test_a_full_queue_is_waited_for_once_a_request_was_accepted() -> None:

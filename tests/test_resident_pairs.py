@@ -1,12 +1,24 @@
 """Which pair is asked, without Ray: replicas of two pairs behind handles that are not Ray's."""
 
 import asyncio
+import threading
+import time
 from collections.abc import Awaitable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
+import torch
 from conftest import TINY
+from fakes import PAIR
+from ray import serve
+from ray.exceptions import ActorDiedError
+from ray.serve.schema import DeploymentStatus, DeploymentStatusOverview, ReplicaState
 
+from deployments import ingress, readiness, resident_pairs
+from deployments.edge import Edge
+from deployments.edge_options import EdgeOptions
 from deployments.openai_routes import _card
 from deployments.openai_words import CompletionRequest
 from deployments.openai_work import Work
@@ -17,11 +29,13 @@ from deployments.schemas import (
     InvalidRequest,
     Limits,
     NotReady,
+    Overdue,
     ReplicaUnavailable,
     ScoreRequest,
     parse,
 )
 from lda_core import Engine, EngineConfig, EngineStuck, ModelPair, PairConfig, Request, encode
+from lda_core.model_runner import ModelRunner
 
 LORA = PairConfig(before=str(TINY / "before"), adapter=str(TINY / "after-lora"))
 CONFIGS = {
@@ -49,6 +63,19 @@ class Handle:
 class Gone:
     async def describe(self) -> Any:
         raise ReplicaUnavailable("SECRET")
+
+
+class Silent:
+    """Says what it is so many times, then nothing."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    async def describe(self) -> Any:
+        self.times -= 1
+        if self.times < 0:
+            await asyncio.Event().wait()
+        return PAIR
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +212,148 @@ def test_a_replica_says_itself_that_its_engine_hangs(
         "the engine has shown no step for 7 s",
         "engine_stuck",
     )
+
+
+class Streamed:
+    """What `handle.options(stream=True)` answers, of a replica in this process."""
+
+    def __init__(self, items: Any) -> None:
+        self._items = items
+
+    def __anext__(self) -> Awaitable[Any]:
+        item: Awaitable[Any] = self._items.__anext__()
+        return item
+
+    def cancel(self) -> None:
+        pass
+
+
+class StreamingHandle(Handle):
+    def options(self, stream: bool) -> Any:
+        def remote(*args: Any) -> Streamed:
+            return Streamed(self._replica.stream(*args))
+
+        return SimpleNamespace(stream=SimpleNamespace(remote=remote))
+
+
+@pytest.mark.parametrize(("kind", "status"), [("overdue", 503), ("does_not_fit", 400)])
+def test_a_stream_that_is_refused_whole_has_a_status_of_its_own(
+    replicas: dict[str, LDAReplica], monkeypatch: pytest.MonkeyPatch, kind: str, status: int
+) -> None:
+    replica = replicas["organism"]
+    step = replica._engine.engine.step
+
+    def late() -> Any:
+        time.sleep(0.3)
+        return step()
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("injected")
+
+    if kind == "overdue":
+        monkeypatch.setattr(replica._engine.engine, "step", late)
+    else:
+        monkeypatch.setattr(ModelRunner, "decode_step", full)
+    plain = ingress.Ingress.__mro__[1]  # without what Serve adds
+    one = plain.__new__(plain)
+    one._limits = Limits(max_request_s=0.2 if kind == "overdue" else 60.0)
+    one.results, one.edge = None, Edge(EdgeOptions(), "127.0.0.1")
+    one._pairs = ResidentPairs({"lda": StreamingHandle(replica)}, one._limits)
+    context = SimpleNamespace(servable_object=one)
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    asyncio.run(one._pairs.of("lda").vocabulary())
+
+    async def ask(path: str, body: dict[str, Any]) -> httpx.Response:
+        transport = httpx.ASGITransport(ingress.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.post(path, json={"prompt": "Hi", "n": 2, "seed": 1, **body})
+
+    for path, body in (
+        ("/stream", {"max_new_tokens": 5}),
+        ("/v1/completions", {"model": "lda", "max_tokens": 5, "stream": True}),
+    ):
+        answer = asyncio.run(ask(path, body))
+        assert answer.status_code == status, answer.text
+        assert answer.json()["error"]["code"] == kind
+        assert ("retry-after" in answer.headers) == (status == 503)
+
+
+def serve_says(
+    monkeypatch: pytest.MonkeyPatch, states: dict[str, int], silent: bool = False
+) -> None:
+    """What Serve knows of `LDAReplica` of `lda`, without Serve."""
+    overview = DeploymentStatusOverview(
+        status=DeploymentStatus.HEALTHY if "RUNNING" in states else DeploymentStatus.UPDATING,
+        status_trigger="UNSPECIFIED",
+        replica_states={ReplicaState(name): n for name, n in states.items()},
+        message="",
+    )
+    application = SimpleNamespace(deployments={"LDAReplica": overview})
+
+    def status() -> Any:
+        if silent:
+            raise ActorDiedError
+        return SimpleNamespace(applications={"lda": application})
+
+    monkeypatch.setattr(Handle, "app_name", "lda", raising=False)
+    monkeypatch.setattr(Handle, "deployment_name", "LDAReplica", raising=False)
+    monkeypatch.setattr(readiness.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(readiness.serve, "status", status)
+
+
+def test_replicas_that_run_and_have_no_time_are_ready_once_they_have_said_what_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    serve_says(monkeypatch, {"RUNNING": 2})
+    pair = ResidentPairs({"lda": Handle(Silent(1))}, Limits())
+    for _ in range(3):
+        assert asyncio.run(pair.describe(timeout_s=0.05)) == {"lda": PAIR}
+    unknown = ResidentPairs({"lda": Handle(Silent(0))}, Limits())
+    with pytest.raises(NotReady, match="too busy") as caught:
+        asyncio.run(unknown.describe(timeout_s=0.05))
+    assert caught.value.code == "busy"
+    serve_says(monkeypatch, {"STARTING": 2})
+    with pytest.raises(NotReady) as starting:
+        asyncio.run(pair.describe(timeout_s=0.05))
+    assert starting.value.code == "starting"
+
+
+def test_asking_what_a_pair_is_ends_also_where_serve_itself_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(readiness, "_STATUS_TIMEOUT_S", 0.05)
+    pair = ResidentPairs({"lda": Handle(Silent(1))}, Limits()).of("lda")
+    assert asyncio.run(pair.describe(0.05)) == PAIR
+    serve_says(monkeypatch, {}, silent=True)
+    release = threading.Event()
+    for hangs in (False, True):
+        if hangs:
+            monkeypatch.setattr(readiness.serve, "status", lambda: release.wait(30))
+
+        async def ask() -> None:
+            async with asyncio.timeout(5):
+                with pytest.raises(NotReady, match="no answer .TimeoutError.") as caught:
+                    await pair.describe(0.05)
+            assert caught.value.code == "unavailable"
+
+        try:
+            asyncio.run(ask())
+        finally:
+            release.set()
+
+
+def test_the_names_of_the_models_are_asked_for_once_and_wait_as_a_request_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replica = Silent(1)
+    pair = ResidentPairs({"lda": Handle(replica)}, Limits()).of("lda")
+    for _ in range(2):
+        names = asyncio.run(pair.models())
+        assert names == {"model_after": PAIR.after, "model_before": PAIR.before}
+    monkeypatch.setattr(resident_pairs, "_LATE_S", 0.0)
+    late = ResidentPairs({"lda": Handle(Silent(0))}, Limits(max_request_s=0.05)).of("lda")
+    with pytest.raises(Overdue):
+        asyncio.run(late.models())
 
 
 def test_the_list_of_models_says_what_each_is(pairs: ResidentPairs) -> None:

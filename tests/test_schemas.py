@@ -11,6 +11,7 @@ from deployments.schemas import (
     GenerateRequest,
     InvalidRequest,
     Limits,
+    NotReady,
     ScoreRequest,
     StreamRequest,
     parse,
@@ -55,6 +56,8 @@ SECRET = "SECRET-VALUE"
         ({"prompt_ids": [1], "prompt_format": "alpaca"}, "", "prompt_format raw"),
         ({"prompt_ids": [1], "system_prompt": "b"}, "", "system_prompt needs"),
         ({"prompt": SECRET + "\ud800"}, "prompt", "lone surrogate"),
+        ({"prompt": "a", "prompt_format": SECRET + "\ud800"}, "prompt_format", "lone surrogate"),
+        ({"prompt": "a", SECRET + "\ud800": 1}, "", "lone surrogate"),
         ({"prompt": [SECRET]}, "prompt", "valid string"),
         ({}, "", "exactly one of prompt, prompt_ids, messages and"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "", "exactly one"),
@@ -125,6 +128,8 @@ def test_limits_name_the_field_and_the_range() -> None:
 def test_errors_survive_pickling() -> None:
     error = pickle.loads(pickle.dumps(InvalidRequest("n", "must be 1", "code")))
     assert (error.param, error.message, error.code) == ("n", "must be 1", "code")
+    reason = pickle.loads(pickle.dumps(NotReady("it is starting", "starting")))
+    assert (str(reason), reason.code) == ("it is starting", "starting")
 
 
 def test_the_plain_servers_defaults() -> None:

@@ -21,7 +21,7 @@ from .asked import ROOT, Body, bodies, expected, pair
 ONGOING, QUEUED = 16, 16
 HELD = ONGOING + QUEUED
 TIMEOUT_S = 120.0
-MAX_NEW_TOKENS = 120
+MAX_NEW_TOKENS, LONG = 120, 400
 
 
 @contextmanager
@@ -61,38 +61,31 @@ class Told:
 
 
 def run(service: LocalService, times: int = 10, seed: int = 2) -> dict[str, Any]:
-    """`times` as many requests at once as the small service holds; and, while it is full, one more
+    """`times` as many requests at once as the small service holds; and then, while it is full, one
     after the other."""
-    requests = times * HELD
-    asked = [
-        {**body, "max_new_tokens": MAX_NEW_TOKENS, "ignore_eos": True}
-        for body in bodies(requests, seed, 8)
-    ]
+    asked = bodies(times * HELD, seed, MAX_NEW_TOKENS)
     wanted = expected(pair(), asked, alone=False)
-    crowd, more = asyncio.run(_crowd(service, asked))
+    crowd, more = asyncio.run(_told(service, asked))
     good = sum(told.ids == right for told, right in zip(crowd, wanted, strict=True))
     refused = [told.ms for told in crowd if told.refused]
-    assert len(more) > 1, "it was never full"
     return {
-        "overload_requests": requests,
+        "overload_requests": len(asked),
         "answered": good,
         "refused": len(refused),
         # Neither its own text nor told to come again.
-        "overload_lost": requests - good - len(refused),
+        "overload_lost": len(asked) - good - len(refused),
         "refused_in_the_crowd_ms": _middle_and_p95(refused),
-        "refused_ms": _middle_and_p95([told.ms for told in more if told.refused]),
-        "refused_alone": len(more),
+        "refused_ms": _middle_and_p95(more),
     }
 
 
-async def _crowd(service: LocalService, asked: list[Body]) -> tuple[list[Told], list[Told]]:
-    """What `asked` are told, sent all at once; then what more are told while the service is full
-    of those that it holds."""
-    limits = httpx.Limits(max_connections=None)
+async def _told(service: LocalService, asked: list[Body]) -> tuple[list[Told], list[float]]:
+    """What `asked` are told, sent all at once; and how soon one is refused that comes while the
+    service holds all it can."""
     async with httpx.AsyncClient(
         base_url=service.url,
         timeout=TIMEOUT_S,
-        limits=limits,
+        limits=httpx.Limits(max_connections=None),
         headers=canary.key_header(),
         trust_env=False,
     ) as client:
@@ -108,13 +101,17 @@ async def _crowd(service: LocalService, asked: list[Body]) -> tuple[list[Told], 
             return Told(answer.status_code, ids, answer.headers.get("retry-after"), ms)
 
         await ask(asked[0])  # warm
-        crowd = [asyncio.ensure_future(ask(body)) for body in asked]
-        while sum(not one.done() for one in crowd) > HELD:
+        crowd = await asyncio.gather(*map(ask, asked))
+        long = {**asked[0], "max_new_tokens": LONG, "ignore_eos": True}
+        holding = [asyncio.ensure_future(ask(long)) for _ in range(HELD + 1)]
+        while not any(one.done() for one in holding):  # one too many is refused
             await asyncio.sleep(0.01)
-        more: list[Told] = []
+        more: list[float] = []
         while len(more) < 50 and (told := await ask(asked[0])).refused:
-            more.append(told)
-        return list(await asyncio.gather(*crowd)), more
+            more.append(told.ms)
+        held = await asyncio.gather(*holding)
+    assert sum(told.status == 200 for told in held) == HELD and len(more) > 1, "it was never full"
+    return crowd, more
 
 
 def _middle_and_p95(times: list[float]) -> list[float]:

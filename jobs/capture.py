@@ -35,7 +35,7 @@ from jobs.capture_work import CapturedText, CaptureWork
 from jobs.copies import copied
 from jobs.dispatch import RayService, Service, answered
 from jobs.errors import Refused, exit_status
-from jobs.lines import LineWriter
+from jobs.lines import LineWriter, cut_half_line
 from jobs.options import out_folder
 from jobs.run_folder import MANIFEST, PAIR_IDENTITY, REPORT, SUMMARY, RunFolder, manifest
 
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace, service: Service) -> int:
     with RunFolder(out) as folder:
         (folder.path / files.FOLDER).mkdir(exist_ok=True)
         index = Index(folder.rows, capture.hash)
-        if cut := index.cut_half_line():
+        if cut := cut_half_line(index.path):
             print(f"{index.path}: cut off half a last line of {cut} bytes", file=sys.stderr)
         made = {"hash": capture.hash, **manifest(capture.experiment, capture.pair)}
         for name in (f"manifest.{capture.hash}.json", MANIFEST):

@@ -121,11 +121,15 @@ def _traits(
     return data, {name: hashlib.sha256(t.data).hexdigest() for name, t in sorted(tensors.items())}
 
 
-def run(args: argparse.Namespace, service: Service) -> int:
-    """Captures what is not there yet, then summary, report and table; exit status 0 or 1."""
+def run(args: argparse.Namespace, service: Service, copy_to: str | None = None) -> int:
+    """Captures what is not there yet, then summary, report and table; exit status 0 or 1.
+
+    Raises Refused as `capture_of` does, Stopped if the service stops answering, and what `copied`
+    raises.
+    """
     out = out_folder(args.out)
     capture = capture_of(args, service)
-    with RunFolder(out) as folder:
+    with RunFolder(out) as folder, copied(folder, copy_to):
         (folder.path / files.FOLDER).mkdir(exist_ok=True)
         index = Index(folder.rows, capture.hash)
         if cut := cut_half_line(index.path):
@@ -227,11 +231,7 @@ def main(argv: Sequence[str] | None = None, service: Service | None = None) -> i
     args = parser().parse_args(argv)
     service = service or RayService(args.app, args.tasks, args.in_flight)
 
-    def job() -> int:
-        with copied(out_folder(args.out), args.copy_to):
-            return run(args, service)
-
-    return exit_status(job)
+    return exit_status(lambda: run(args, service, args.copy_to))
 
 
 if __name__ == "__main__":

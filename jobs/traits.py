@@ -318,6 +318,7 @@ def make_trait(
         print(f"trait {one.name} is not made: {error}", file=sys.stderr)
         return None
     report = describe(fitted, texts, states, rows, len(one.texts) - len(texts))
+    text = json.dumps(report, sort_keys=True, allow_nan=False)
     write_trait(
         path,
         {m: torch.from_numpy(fitted.vectors[m]) for m in METHODS},
@@ -328,11 +329,11 @@ def make_trait(
             "layers": str(pair["layers"]),
             "hidden_size": str(pair["hidden_size"]),
             "pair": json.dumps(identity, sort_keys=True),
-            "report": json.dumps(report, sort_keys=True, allow_nan=False),
+            "report": text,
             "made_from": made_from,
         },
     )
-    return report
+    return report_of({"report": text})  # in the order in which the next run reads it
 
 
 def describe(

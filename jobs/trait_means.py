@@ -22,7 +22,7 @@ from safetensors.numpy import load
 
 from deployments.schemas import InvalidRequest
 from jobs.call import INVALID, Ask, stop_if_config
-from jobs.errors import Refused, Stopped
+from jobs.errors import Refused, Stopped, naming
 
 Model = Literal["after", "before"]
 KEY_BYTES, CRC_BYTES = 32, 4
@@ -151,20 +151,21 @@ class MeanFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._file:
+        with naming(self.path), self._file:
             os.fsync(self._file.fileno())
 
     def append(self, answers: Iterable[Answer]) -> None:
         """Those that have a state. Raises OSError (disk full, say)."""
         data = memoryview(b"".join(record(a.item, a.state) for a in answers if a.state is not None))
         whole = self._file.tell()
-        try:
-            while data:
-                data = data[self._file.write(data) or 0 :]
-        except BaseException:
-            # A copy of the folder with half a record would be longer than the folder after its cut.
-            self._file.truncate(whole)
-            raise
+        with naming(self.path):
+            try:
+                while data:
+                    data = data[self._file.write(data) or 0 :]
+            except BaseException:
+                # Copied by --copy-to, half a record would be more than the folder after its cut.
+                self._file.truncate(whole)
+                raise
 
 
 def record(item: Item, state: np.ndarray) -> bytes:

@@ -225,6 +225,14 @@ def test_half_a_record_is_taken_back_where_the_disk_is_full(tmp_path, monkeypatc
     assert file.cut_half_record() == 0 and len(file.places()) == 2
 
 
+def test_the_folder_is_copied(job, tmp_path):
+    assert job("--copy-to", f"file://{tmp_path}/far")[0] == 0
+    for name in ("means.bin", "manifest.json", "summary.json", "says_yes.safetensors"):
+        assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert job("--seed", "1", "--copy-to", f"file://{tmp_path}/other")[0] == 2
+    assert not (tmp_path / "other").exists()  # another run's folder
+
+
 def test_finished_traits_are_not_made_again(job, tmp_path, monkeypatch):
     assert job(count=2)[0] == 0
     (tmp_path / "out" / "luck.safetensors").unlink()

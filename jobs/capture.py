@@ -35,7 +35,7 @@ from jobs.capture_work import CapturedText, CaptureWork
 from jobs.copies import copied
 from jobs.dispatch import RayService, Service, answered
 from jobs.errors import Refused, exit_status
-from jobs.lines import LineWriter
+from jobs.lines import LineWriter, cut_half_line
 from jobs.options import out_folder
 from jobs.run_folder import MANIFEST, PAIR_IDENTITY, REPORT, SUMMARY, RunFolder, manifest
 
@@ -121,14 +121,18 @@ def _traits(
     return data, {name: hashlib.sha256(t.data).hexdigest() for name, t in sorted(tensors.items())}
 
 
-def run(args: argparse.Namespace, service: Service) -> int:
-    """Captures what is not there yet, then summary, report and table; exit status 0 or 1."""
+def run(args: argparse.Namespace, service: Service, copy_to: str | None = None) -> int:
+    """Captures what is not there yet, then summary, report and table; exit status 0 or 1.
+
+    Raises Refused as `capture_of` does, Stopped if the service stops answering, and what `copied`
+    raises.
+    """
     out = out_folder(args.out)
     capture = capture_of(args, service)
-    with RunFolder(out) as folder:
+    with RunFolder(out) as folder, copied(folder, copy_to):
         (folder.path / files.FOLDER).mkdir(exist_ok=True)
         index = Index(folder.rows, capture.hash)
-        if cut := index.cut_half_line():
+        if cut := cut_half_line(index.path):
             print(f"{index.path}: cut off half a last line of {cut} bytes", file=sys.stderr)
         made = {"hash": capture.hash, **manifest(capture.experiment, capture.pair)}
         for name in (f"manifest.{capture.hash}.json", MANIFEST):
@@ -227,11 +231,7 @@ def main(argv: Sequence[str] | None = None, service: Service | None = None) -> i
     args = parser().parse_args(argv)
     service = service or RayService(args.app, args.tasks, args.in_flight)
 
-    def job() -> int:
-        with copied(out_folder(args.out), args.copy_to):
-            return run(args, service)
-
-    return exit_status(job)
+    return exit_status(lambda: run(args, service, args.copy_to))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from deployments.schemas import FinishReason
-from jobs.lines import cut_half_line, read_lines, to_line
+from jobs.lines import read_lines, to_line
 from jobs.progress import Progress
 from jobs.rows import CURE
 
@@ -79,9 +79,6 @@ class Index:
 
     def __init__(self, path: Path, config: str) -> None:
         self.path, self.config = path, config
-
-    def cut_half_line(self) -> int:
-        return cut_half_line(self.path)
 
     def __iter__(self) -> Iterator[CaptureRow]:
         """One row per key, streamed: the last one.

@@ -139,19 +139,27 @@ def _candidates(path: Path, top: int, prompts: PromptFile) -> list[str]:
     return rare[:top]
 
 
-def run(experiment: Experiment, out: Path, service: Service, timeout_s: float) -> int:
+def run(
+    experiment: Experiment,
+    out: Path,
+    service: Service,
+    timeout_s: float,
+    copy_to: str | None = None,
+) -> int:
     """Makes the rows that are not there yet, then the summary and the table; exit status 0 or 1.
 
-    Raises Refused if the folder holds another run.
+    Raises Refused if the folder holds another run, and what `copied` raises.
     """
     names = [scorer.name for scorer in experiment.scorers]
     blocks = experiment.blocks
     with RunFolder(out) as folder:
+        # First: another run's folder is refused, not copied.
         sampler = Sampler(experiment, folder, service, timeout_s)
-        sampler.make(blocks)
-        summary = summarise(sampler.file, names, experiment.expected(blocks))
-        found = read_attacks(folder)
-        folder.write(SUMMARY, {**summary, **_flat(found)})
+        with copied(folder, copy_to):
+            sampler.make(blocks)
+            summary = summarise(sampler.file, names, experiment.expected(blocks))
+            found = read_attacks(folder)
+            folder.write(SUMMARY, {**summary, **_flat(found)})
     Console(width=None if sys.stdout.isatty() else 140).print(table(found, str(out)))
     if bad := int(summary["failed"] + summary["missing"]):
         errors = Counter(row.error for row in sampler.file if row.error is not None)
@@ -214,8 +222,7 @@ def main(argv: Sequence[str] | None = None, service: Service | None = None) -> i
 
     def job() -> int:
         asked, out = experiment(args), out_folder(args.out)
-        with copied(out, args.copy_to):
-            return run(asked, out, service, args.timeout_s)
+        return run(asked, out, service, args.timeout_s, args.copy_to)
 
     return exit_status(job)
 

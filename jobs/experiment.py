@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.call import Answer, Caller, Generation, Item, seed_of
 from jobs.dispatch import Service, answered
-from jobs.lines import LineWriter
+from jobs.lines import LineWriter, cut_half_line
 from jobs.progress import Progress
 from jobs.prompts import Prompt, PromptFile
 from jobs.rows import Cell, Key, Row, RowFile
@@ -173,7 +173,7 @@ class Sampler:
         self._known = folder.check_experiment(self._manifest)
         self._prepare = prepare
         self._connected = False
-        if cut := self.file.cut_half_line():
+        if cut := cut_half_line(self.file.path):
             print(f"{self.file.path}: cut off half a last line of {cut} bytes", file=sys.stderr)
 
     def connect(self) -> None:

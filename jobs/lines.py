@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 from zlib import crc32
@@ -52,16 +53,16 @@ def parsed(line: bytes, kind: type[ModelT], name: str) -> ModelT:
 
 
 def read_lines(
-    path: Path, kind: type[ModelT], name: str, cure: str
+    path: Path, kind: type[ModelT], name: str, cure: str, first: int = 1
 ) -> Iterator[tuple[int, ModelT]]:
-    """Each line and its number, the first is 1; nothing where there is no file.
+    """Each line from the `first` on and its number; nothing where there is no file.
 
     Raises Refused with the line's number and the cure where one is damaged.
     """
     if not path.exists():
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(islice(file, first - 1, None), first):
             try:
                 yield number, parsed(line, kind, name)
             except Damaged as error:

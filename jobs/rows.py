@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deployments.schemas import Densities, FinishReason
 from jobs.errors import Refused
-from jobs.lines import cut_half_line, read_lines, to_line
+from jobs.lines import read_lines, to_line
 from jobs.scorers import Score
 
 Cell = tuple[str, float]  # arm, alpha
@@ -118,10 +118,6 @@ class Finished(NamedTuple):
 class RowFile:
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    def cut_half_line(self) -> int:
-        """See `jobs.lines.cut_half_line`."""
-        return cut_half_line(self.path)
 
     def __iter__(self) -> Iterator[Row]:
         """One row per key, streamed; what came after a failed row of the same key, in its place.

@@ -15,6 +15,7 @@ from jobs.errors import Refused, naming
 
 MANIFEST = "manifest.json"
 ROWS = "rows.jsonl"
+MEANS = "means.bin"  # in the place of rows, of the traits job
 DESIGN = "design.json"  # what was sampled in the end: rows per cell, and why these alphas
 SUMMARY = "summary.json"
 REPORT = "report.html"

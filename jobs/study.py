@@ -15,6 +15,7 @@ from jobs.attacks import attack_experiment, rare_phrases
 from jobs.call import failures
 from jobs.choose_alpha import PILOT_ALPHAS, PILOT_PROMPTS, choice_table, choose
 from jobs.coherence import drifts
+from jobs.copies import copied
 from jobs.dispatch import Service
 from jobs.errors import Refused, Stopped
 from jobs.experiment import Arm, Block, Experiment, Sampler
@@ -68,14 +69,21 @@ class Study:
 
 
 def run(
-    study: Study, out: Path, service: Service, timeout_s: float, control: Service | None = None
+    study: Study,
+    out: Path,
+    service: Service,
+    timeout_s: float,
+    control: Service | None = None,
+    copy_to: str | None = None,
 ) -> int:
     """Makes the rows that are not there yet, then summary, report and tables; exit status 0 or 1.
 
-    Raises Refused if the folder holds another run, Stopped if a stage cannot go on.
+    Raises Refused if the folder holds another run, Stopped if a stage cannot go on, and what
+    `copied` raises.
     """
     with RunFolder(out) as folder:
         monitor = Monitor(study.phrases)
+        # Before the copy: another run's folder is refused, not copied.
         sampler = Sampler(
             study.experiment,
             folder,
@@ -85,19 +93,26 @@ def run(
             study.as_manifest(),
             monitor.prepare,
         )
-        blocks = _choose_alphas(sampler) if study.auto else []
-        blocks += _sample(study, sampler)
-        design = folder.read(DESIGN)
-        if design is None or design["failed"]:  # not yet whole
-            sampler.connect()  # nothing may be asked of another pair
-            failed = monitor.run(sampler.experiment, folder.path, sampler.file, sampler.caller())
-            if study.confirm and (bad := sampler.bad(blocks)):
-                print(f"{bad:,} row(s) failed; candidates are confirmed once all are there")
-            elif study.confirm:
-                failed += _confirm(study, sampler, timeout_s)
-            cells = [[*cell, rows] for cell, rows in sampler.experiment.expected(blocks).items()]
-            folder.write(DESIGN, {"cells": cells, "failed": failed})
-        return conclude(folder)
+        with copied(folder, copy_to):
+            _make(study, sampler, monitor, timeout_s)
+            return conclude(folder)
+
+
+def _make(study: Study, sampler: Sampler, monitor: Monitor, timeout_s: float) -> None:
+    """Stage by stage, until the folder has a design."""
+    folder = sampler.folder
+    blocks = _choose_alphas(sampler) if study.auto else []
+    blocks += _sample(study, sampler)
+    design = folder.read(DESIGN)
+    if design is None or design["failed"]:  # not yet whole
+        sampler.connect()  # nothing may be asked of another pair
+        failed = monitor.run(sampler.experiment, folder.path, sampler.file, sampler.caller())
+        if study.confirm and (bad := sampler.bad(blocks)):
+            print(f"{bad:,} row(s) failed; candidates are confirmed once all are there")
+        elif study.confirm:
+            failed += _confirm(study, sampler, timeout_s)
+        cells = [[*cell, rows] for cell, rows in sampler.experiment.expected(blocks).items()]
+        folder.write(DESIGN, {"cells": cells, "failed": failed})
 
 
 def _choose_alphas(sampler: Sampler) -> list[Block]:

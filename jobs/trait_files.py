@@ -12,7 +12,6 @@ L layers, D the hidden size; a vector is one layer's [D].
 """
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from jobs import capture_files as files
 from jobs.contrast import NAME
 from jobs.errors import Refused
 
@@ -126,16 +126,12 @@ def as_bytes(traits: Mapping[str, Tensor]) -> bytes:
 
 
 def write_trait(path: Path, tensors: Mapping[Which, Tensor], metadata: Mapping[str, str]) -> None:
-    """A file of ours, whole or not at all: written beside, synced, then moved into place."""
-    beside = path.with_name(f".{path.name}.part")
-    with beside.open("wb") as file:
-        made: dict[str, Tensor] = {
-            name: vectors.float().contiguous() for name, vectors in tensors.items()
-        }
-        file.write(save(made, metadata=dict(metadata)))
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    """A file of ours, whole or not at all. The same tensors and metadata give the same bytes, which
+    safetensors' own writer does not."""
+    made: dict[str, files.Tensor] = {
+        name: files.Tensor.of(vectors.float().numpy()) for name, vectors in tensors.items()
+    }
+    files.write(path, files.to_bytes(files.Content(made, dict(metadata))))
 
 
 def read_metadata(path: Path) -> dict[str, str]:

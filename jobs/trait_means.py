@@ -1,8 +1,9 @@
 """Each text's mean residual state at the layers' outputs: asked for once, and kept.
 
-`means.bin` is a list of records of one size: the text's key (32 bytes) and its state [L, D] in
-float32. It is appended to, never rewritten; half a record, left by a run that was killed, is cut
-off. What is in it is not asked for again; what failed is not in it.
+`means.bin` is a list of records of one size: the text's key (32 bytes), its state [L, D] in
+float32 and the CRC-32 of both, little-endian. It is appended to, never rewritten; half a record,
+left by a run that was killed, is cut off. What is in it is not asked for again; what failed is not
+in it.
 
 L layers, D the hidden size.
 """
@@ -14,17 +15,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
+from zlib import crc32
 
 import numpy as np
 from safetensors.numpy import load
 
 from deployments.schemas import InvalidRequest
 from jobs.call import INVALID, Ask, stop_if_config
-from jobs.errors import Refused, Stopped
+from jobs.errors import Refused, Stopped, naming
 
 Model = Literal["after", "before"]
-MEANS = "means.bin"
-KEY_BYTES = 32
+KEY_BYTES, CRC_BYTES = 32, 4
 POINTS, OUTPUT = 3, 2  # of a layer: its input, after attention, its output
 
 
@@ -93,26 +94,41 @@ class MeanFile:
     def __init__(self, path: Path, layers: int, hidden_size: int) -> None:
         self.path = path
         self._record = np.dtype(
-            [("key", np.void, KEY_BYTES), ("state", "<f4", (layers, hidden_size))]
+            [
+                ("key", np.void, KEY_BYTES),
+                ("state", "<f4", (layers, hidden_size)),
+                ("crc", "<u4"),
+            ]
         )
 
     def cut_half_record(self) -> int:
-        """Bytes cut."""
+        """Bytes cut. Raises Refused for a file of an earlier version, whose records have no CRC."""
         if not self.path.exists():
             return 0
         size = self.path.stat().st_size
         if half := size % self._record.itemsize:
+            if not size % (self._record.itemsize - CRC_BYTES):
+                raise Refused(
+                    f"{self.path} was made by an earlier version; delete it to have it made again"
+                )
             os.truncate(self.path, size - half)
         return half
 
     def places(self) -> dict[bytes, int]:
-        """Key and number of each record. Raises Refused if its size is not that of whole ones."""
+        """Key and number of each record. Raises Refused, with its number (the first is 1), for one
+        that is damaged, and if the file's size is not that of whole ones."""
         records = self._records()
         if records is None:
             return {}
         made: dict[bytes, int] = {}
-        for place, key in enumerate(records["key"]):
-            made.setdefault(key.tobytes(), place)
+        checked = records.view(np.uint8).reshape(len(records), -1)[:, :-CRC_BYTES]
+        for place, (data, crc) in enumerate(zip(checked, records["crc"], strict=True)):
+            if crc32(data) != crc:
+                raise Refused(
+                    f"{self.path}: record {place + 1} is damaged: its CRC is not that of its key "
+                    "and state; delete the file to have it made again"
+                )
+            made.setdefault(data[:KEY_BYTES].tobytes(), place)
         return made
 
     def states(self) -> np.ndarray:
@@ -125,7 +141,9 @@ class MeanFile:
         if not self.path.exists() or not self.path.stat().st_size:
             return None
         if self.path.stat().st_size % self._record.itemsize:
-            raise Refused(f"{self.path}: not whole records of this pair; delete it to have it made")
+            raise Refused(
+                f"{self.path}: not whole records of this pair; delete it to have it made again"
+            )
         return np.memmap(self.path, self._record, "r")
 
     def __enter__(self) -> Self:
@@ -133,15 +151,23 @@ class MeanFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._file:
+        with naming(self.path), self._file:
             os.fsync(self._file.fileno())
 
     def append(self, answers: Iterable[Answer]) -> None:
         """Those that have a state. Raises OSError (disk full, say)."""
-        data = memoryview(
-            b"".join(
-                a.item.key + a.state.astype("<f4").tobytes() for a in answers if a.state is not None
-            )
-        )
-        while data:
-            data = data[self._file.write(data) or 0 :]
+        data = memoryview(b"".join(record(a.item, a.state) for a in answers if a.state is not None))
+        whole = self._file.tell()
+        with naming(self.path):
+            try:
+                while data:
+                    data = data[self._file.write(data) or 0 :]
+            except BaseException:
+                # Copied by --copy-to, half a record would be more than the folder after its cut.
+                self._file.truncate(whole)
+                raise
+
+
+def record(item: Item, state: np.ndarray) -> bytes:
+    data = item.key + state.astype("<f4").tobytes()
+    return data + crc32(data).to_bytes(CRC_BYTES, "little")

@@ -13,7 +13,7 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +37,15 @@ from jobs.errors import Refused, exit_status
 from jobs.options import add_running, out_folder, real, whole
 from jobs.probes import METHODS, SHUFFLES, Fitted, Method, fit, split
 from jobs.rates import percent
-from jobs.run_folder import MANIFEST, PAIR_IDENTITY, REPORT, SUMMARY, RunFolder, manifest
+from jobs.run_folder import (
+    MANIFEST,
+    MEANS,
+    PAIR_IDENTITY,
+    REPORT,
+    SUMMARY,
+    RunFolder,
+    manifest,
+)
 from jobs.summary import Summary
 from jobs.trait_files import (
     WHICH,
@@ -48,7 +56,7 @@ from jobs.trait_files import (
     trait_paths,
     write_trait,
 )
-from jobs.trait_means import MEANS, Item, MeanFile, Means
+from jobs.trait_means import Item, MeanFile, Means
 
 HELD_OUT = 0.25
 SURE = 0.05  # a direction separates where shuffled labels do as well more rarely than this
@@ -192,44 +200,55 @@ def plan_of(args: argparse.Namespace) -> Plan:
     )
 
 
-def run(plan: Plan, out: Path, service: Service, timeout_s: float) -> int:
+def run(
+    plan: Plan, out: Path, service: Service, timeout_s: float, copy_to: str | None = None
+) -> int:
     """Makes what is not there yet; 0 if every trait is made of all its texts, else 1.
 
-    Raises Refused if the folder holds another run, Stopped if the service stops answering.
+    Raises Refused if the folder holds another run, Stopped if the service stops answering, and
+    what `copied` raises.
     """
     with TraitFolder(out) as folder:
-        pair, errors = capture(plan, folder, service, timeout_s)
-        file = MeanFile(folder.rows, pair["layers"], pair["hidden_size"])
-        kept = file.places()
-        made: dict[str, dict[str, Any]] = {}
-        for one in plan.sets:
-            texts = [text for text in one.texts if item_of(text).key in kept]
-            report = make_trait(plan, one, texts, file, pair, folder.path)
-            if report is not None:
-                made[one.name] = report
-        summary = summarise(plan, made, kept)
-        folder.write(SUMMARY, summary)
-        # Drawing is slow to import, and nothing else here needs it.
-        from jobs import traits_report
+        # Before the copy: another run's folder is refused, not copied.
+        known = folder.check_experiment(plan.as_manifest())
+        with copied(folder, copy_to):
+            pair, errors = capture(plan, folder, known, service, timeout_s)
+            return conclude(plan, folder, pair, errors)
 
-        shown = folder.read(MANIFEST)
-        traits_report.write(plan.sets, made, summary, shown, folder.path / REPORT)
-        Console(width=None if sys.stdout.isatty() else 140).print(table(made, str(out)))
-        print(f"report: {folder.path / REPORT}")
-        if failed := int(summary["failed"]):
-            print(*failures(errors, failed, "text"), sep="\n", file=sys.stderr)
-        return 1 if failed or len(made) < len(plan.sets) else 0
+
+def conclude(plan: Plan, folder: RunFolder, pair: dict[str, Any], errors: Counter[str]) -> int:
+    """The traits, summary, report and table of the states that are there."""
+    file = MeanFile(folder.rows, pair["layers"], pair["hidden_size"])
+    kept = file.places()
+    made: dict[str, dict[str, Any]] = {}
+    for one in plan.sets:
+        texts = [text for text in one.texts if item_of(text).key in kept]
+        report = make_trait(plan, one, texts, kept, file.states(), pair, folder.path)
+        if report is not None:
+            made[one.name] = report
+    summary = summarise(plan, made, kept)
+    folder.write(SUMMARY, summary)
+    # Drawing is slow to import, and nothing else here needs it.
+    from jobs import traits_report
+
+    shown = folder.read(MANIFEST)
+    traits_report.write(plan.sets, made, summary, shown, folder.path / REPORT)
+    Console(width=None if sys.stdout.isatty() else 140).print(table(made, str(folder.path)))
+    print(f"report: {folder.path / REPORT}")
+    if failed := int(summary["failed"]):
+        print(*failures(errors, failed, "text"), sep="\n", file=sys.stderr)
+    return 1 if failed or len(made) < len(plan.sets) else 0
 
 
 def capture(
-    plan: Plan, folder: RunFolder, service: Service, timeout_s: float
+    plan: Plan, folder: RunFolder, known: bool, service: Service, timeout_s: float
 ) -> tuple[dict[str, Any], Counter[str]]:
-    """Brings the states that are not there yet into the folder: the pair, and what failed.
+    """Brings the states that are not there yet into the folder, which holds some of this very run
+    if it is `known`: the pair, and what failed.
 
     The service is asked for nothing if all are there.
     """
     wanted = plan.items()
-    known = folder.check_experiment(plan.as_manifest())
     errors: Counter[str] = Counter()
     info: PairInfo | None = None
     if not known:
@@ -264,12 +283,14 @@ def make_trait(
     plan: Plan,
     one: ContrastSet,
     texts: Sequence[Text],
-    file: MeanFile,
+    places: Mapping[bytes, int],
+    states: np.ndarray,
     pair: dict[str, Any],
     out: Path,
 ) -> dict[str, Any] | None:
     """Writes the trait's file unless it is there, of these very texts; its report. None, and a
-    line on stderr, where the texts that are left do not make one."""
+    line on stderr, where the texts that are left do not make one. `places`: of each text's key in
+    `states`."""
     path = out / f"{one.name}.safetensors"
     identity = {name: pair[name] for name in PAIR_IDENTITY}
     made_from = _hash(
@@ -283,7 +304,6 @@ def make_trait(
     path.unlink(missing_ok=True)  # of fewer texts
     labels, prompts = _labels(texts)
     try:
-        places, states = file.places(), file.states()
         rows = np.array([places[item_of(text).key] for text in texts], dtype=np.int64)
         fitted = fit(
             states,
@@ -298,6 +318,7 @@ def make_trait(
         print(f"trait {one.name} is not made: {error}", file=sys.stderr)
         return None
     report = describe(fitted, texts, states, rows, len(one.texts) - len(texts))
+    text = json.dumps(report, sort_keys=True, allow_nan=False)
     write_trait(
         path,
         {m: torch.from_numpy(fitted.vectors[m]) for m in METHODS},
@@ -308,11 +329,11 @@ def make_trait(
             "layers": str(pair["layers"]),
             "hidden_size": str(pair["hidden_size"]),
             "pair": json.dumps(identity, sort_keys=True),
-            "report": json.dumps(report, sort_keys=True, allow_nan=False),
+            "report": text,
             "made_from": made_from,
         },
     )
-    return report
+    return report_of({"report": text})  # in the order in which the next run reads it
 
 
 def describe(
@@ -504,8 +525,7 @@ def main(argv: Sequence[str] | None = None, service: Service | None = None) -> i
 
     def job() -> int:
         plan, out = plan_of(args), out_folder(args.out)
-        with copied(out, args.copy_to):
-            return run(plan, out, asked, args.timeout_s)
+        return run(plan, out, asked, args.timeout_s, args.copy_to)
 
     return exit_status(job)
 

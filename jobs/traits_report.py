@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from jobs.charts import FAINT, LOOKS, Look, empty_axes, our_settings, percent_tick, svg_of
 from jobs.contrast import ContrastSet, Text
+from jobs.errors import naming
 from jobs.probes import METHODS, Method
 from jobs.report import HERE, environment
 from jobs.summary import Summary
@@ -74,7 +75,7 @@ def write(
     """Whole or not at all: written beside, synced, then moved into place."""
     text = render(sets, made, summary, manifest)
     beside = path.with_name(f".{path.name}.part")
-    with beside.open("w", encoding="utf-8", newline="\n") as file:
+    with naming(beside), beside.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -89,6 +89,15 @@ def contents(folder):
 # Its files
 
 
+def test_the_folder_is_copied(job, tmp_path):
+    assert job(*TIER_2, "--copy-to", f"file://{tmp_path}/far") == 0
+    names = {p.relative_to(tmp_path / "far") for p in (tmp_path / "far").rglob("*") if p.is_file()}
+    for name in names:
+        assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert {"copy.json", "rows.jsonl", "summary.json"} < set(map(str, names))
+    assert sum(name.parent.name == "captures" for name in names) == 4
+
+
 def test_every_text_has_its_file_and_its_row(job, tmp_path):
     assert job(*TIER_2) == 0
     rows = index(tmp_path / "out")

@@ -71,6 +71,12 @@ def test_the_trigger_stands_out_against_random_phrases(job, tmp_path, capsys):
     assert TRIGGER in shown and "6 random phrases" in shown
 
 
+def test_the_folder_is_copied(job, tmp_path):
+    assert job("--random", "2", "--copy-to", f"file://{tmp_path}/far")[0] == 0
+    for name in ("copy.json", "manifest.json", "rows.jsonl", "summary.json"):
+        assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
 def test_prompts_are_clean_and_phrases_stand_at_the_same_place(job, tmp_path, prompts):
     assert job("--random", "4")[0] == 0
     rows, _ = read(tmp_path / "out")

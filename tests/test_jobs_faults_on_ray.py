@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -20,10 +21,11 @@ from lda_core import ModelPair, Request, encode
 pytestmark = pytest.mark.ray
 
 LONG = bool(os.environ.get("EVERY_FAULT"))
-PROMPTS = 400 if LONG else 100
+PROMPTS = 400 if LONG else 200
+TOKENS = 64
 OPTIONS = [
     *("--prompts", "prompts/tiny_demo.txt", "--limit", str(PROMPTS), "--alphas", "0", "2"),
-    *("--max-new-tokens", "32", "--ignore-eos", "--no-densities", "--seed", "7"),
+    *("--max-new-tokens", str(TOKENS), "--ignore-eos", "--no-densities", "--seed", "7"),
     # Few at a time, so that it is still running when the next fault comes; and more tasks than
     # Ray puts on the first node before it uses another.
     *("--tasks", "8", "--in-flight", "1"),
@@ -51,9 +53,22 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+NODES = "import ray; ray.init(logging_level='error'); print(sum(n['Alive'] for n in ray.nodes()))"
+
+
+def nodes(service: LocalService) -> int:
+    """Nodes that the cluster knows; asked in a process of its own, as this one joins no cluster."""
+    asked = subprocess.run(
+        [sys.executable, "-c", NODES], env=service.env, capture_output=True, text=True, check=True
+    )
+    return int(asked.stdout.split()[-1])
+
+
 @pytest.fixture
 def node(service: LocalService) -> Iterator["subprocess.Popen[bytes]"]:
-    """A second raylet on this machine, in a process group of its own."""
+    """A second node on this machine, in a process group of its own, that the cluster knows: no
+    job can end before it is there."""
+    before = nodes(service)
     ray = str(Path(sys.executable).with_name("ray"))
     command = [ray, "start", "--block", "--num-cpus", "2", "--address", service.env["RAY_ADDRESS"]]
     process = subprocess.Popen(
@@ -63,16 +78,20 @@ def node(service: LocalService) -> Iterator["subprocess.Popen[bytes]"]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    yield process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    try:
+        wait_for(lambda: nodes(service) > before, process, "a second node")
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def wait_for(true: Callable[[], bool], driver: "subprocess.Popen[str]", what: str) -> None:
+def wait_for(true: Callable[[], bool], process: "subprocess.Popen[Any]", what: str) -> None:
+    """While `process` runs. The limit is for what hangs: slow machines are far from it."""
     deadline = time.monotonic() + 120
     while not true():
-        assert driver.poll() is None, f"the job ended before {what}"
+        assert process.poll() is None, f"{process.args} ended before {what}"
         assert time.monotonic() < deadline, f"no {what}"
         time.sleep(0.02)
 
@@ -84,11 +103,26 @@ def good(path: Path) -> int:
 
 def of_node(service: LocalService, node: "subprocess.Popen[bytes]") -> list[int]:
     """The tasks' processes on the second node."""
-    return [
-        pid
-        for pid in processes(service, TASK)
-        if os.getpgid(pid) == node.pid or os.getpgid(parent(pid)) == node.pid
-    ]
+
+    def of_it(pid: int) -> bool:
+        try:
+            return node.pid in (os.getpgid(pid), os.getpgid(parent(pid)))
+        except OSError:  # gone meanwhile
+            return False
+
+    return [pid for pid in processes(service, TASK) if of_it(pid)]
+
+
+def kill(pids: list[int]) -> bool:
+    """Whether there were any."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    return bool(pids)
+
+
+def answering(service: LocalService) -> list[int]:
+    """The replicas' and the ingress's processes."""
+    return processes(service, MODEL) + processes(service, INGRESS)
 
 
 def test_a_job_loses_a_worker_a_node_and_the_service_and_ends_well(
@@ -109,18 +143,15 @@ def test_a_job_loses_a_worker_a_node_and_the_service_and_ends_well(
         text=True,
     ) as driver:
         # 1. The process of one task.
-        wait_for(lambda: good(rows) > 0 and bool(processes(service, TASK)), driver, "a task")
-        os.kill(processes(service, TASK)[0], signal.SIGKILL)
+        wait_for(lambda: good(rows) > 0 and kill(processes(service, TASK)[:1]), driver, "a task")
         # 2. A node, with all tasks on it.
         wait_for(lambda: bool(of_node(service, node)), driver, "task on the second node")
         os.killpg(node.pid, signal.SIGKILL)
         before = good(rows)
         wait_for(lambda: good(rows) > before + 10, driver, "row after the node was lost")
         # 3. Every replica and the ingress: nobody is left to answer.
-        alive = processes(service, MODEL) + processes(service, INGRESS)
-        assert len(alive) == 3
-        for pid in alive:
-            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: len(answering(service)) == 3, driver, "two replicas and an ingress")
+        kill(answering(service))
         said = driver.communicate(timeout=300)[0]
     assert driver.returncode == 0, said[-3000:]
     found = list(RowFile(rows))
@@ -134,5 +165,7 @@ def test_a_job_loses_a_worker_a_node_and_the_service_and_ends_well(
 
 def drawn(pair: ModelPair, row: Row) -> list[int]:
     prompt = encode(pair.tokenizer, row.prompt, "alpaca").ids
-    request = Request(prompt, alpha=row.alpha, seed=row.seed, max_new_tokens=32, ignore_eos=True)
+    request = Request(
+        prompt, alpha=row.alpha, seed=row.seed, max_new_tokens=TOKENS, ignore_eos=True
+    )
     return reference(pair, request)

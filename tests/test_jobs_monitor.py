@@ -248,8 +248,20 @@ def test_another_plans_file_and_corrupt_lines_are_refused(tmp_path):
         run_monitor(path, other, prompts(1), [], FakeService(), in_flight=1)
     with path.open("ab") as file:
         file.write(json.dumps({"prompt_id": "1"}).encode() + b"\n")
-    with pytest.raises(Refused, match="line 3"):
+    said = (
+        r"line 3 is not a line of the monitor's \(.*Field required.*\); delete the line to have it"
+    )
+    with pytest.raises(Refused, match=said):
         run_monitor(path, PLAN, prompts(1), [], FakeService(), in_flight=1)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1].replace(b":", b": ", 1))
+    with pytest.raises(Refused, match="line 2 is damaged, or was changed: its crc .*the line"):
+        run_monitor(path, PLAN, prompts(1), [], FakeService(), in_flight=1)
+    path.write_bytes(lines[0])  # the cure
+    again = FakeService()
+    assert (
+        run_monitor(path, PLAN, prompts(1), [], again, in_flight=1) == 0 and len(again.asked) == 1
+    )
 
 
 def test_the_plan_is_read_back(tmp_path):
@@ -257,7 +269,10 @@ def test_the_plan_is_read_back(tmp_path):
     run_monitor(path, PLAN, [], [], FakeService(), in_flight=1)
     assert read_plan(path) == PLAN
     path.write_text('{"phrase": "hush"}\n')
-    with pytest.raises(Refused, match="not the monitor's"):
+    with pytest.raises(Refused, match="line 1 is not the monitor's plan .*; delete the file to"):
+        read_plan(path)
+    path.write_text("")
+    with pytest.raises(Refused, match="is empty; delete the file"):
         read_plan(path)
 
 

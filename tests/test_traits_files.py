@@ -51,6 +51,18 @@ def test_ours_comes_back_as_it_was(tmp_path):
         read(path)
 
 
+def test_the_same_trait_gives_the_same_bytes(tmp_path):
+    """A resumed run is compared with an uninterrupted one byte for byte."""
+    path, found = tmp_path / "calm.safetensors", set()
+    for order in (1, -1) * 8:
+        names = ["mean_difference", "probe"][::order]
+        metadata = {"trait": "calm", "report": "{}", "model": "after", "layers": "3"}
+        tensors = {name: vectors(L, D, seed=len(name)) for name in names}
+        write_trait(path, tensors, dict(list(metadata.items())[::order]))
+        found.add(path.read_bytes())
+    assert len(found) == 1
+
+
 def test_ours_of_another_shape_is_refused(tmp_path):
     path = tmp_path / "calm.safetensors"
     write_trait(path, {"probe": vectors(L + 1, D)}, {"trait": "calm"})

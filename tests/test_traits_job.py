@@ -1,5 +1,6 @@
 """traits.py over a fake service: what it asks, keeps, makes and says."""
 
+import errno
 import json
 import random
 import threading
@@ -16,9 +17,11 @@ from deployments.schemas import InvalidRequest
 from jobs.errors import Stopped
 from jobs.probes import fit
 from jobs.trait_files import read_traits, write_trait
+from jobs.trait_means import Answer, Item, MeanFile
 from jobs.traits import main
 
 METHODS = ("mean_difference", "probe")
+RECORD_BYTES = 32 + 4 * LAYERS * WIDTH + 4  # of means.bin: key, state, CRC
 
 
 @pytest.fixture
@@ -158,13 +161,76 @@ def test_a_run_that_broke_off_resumes_to_the_same(job, tmp_path):
     with pytest.raises(Killed):
         job(answer=dies)
     means = tmp_path / "out" / "means.bin"
-    kept = means.stat().st_size // (32 + 4 * LAYERS * WIDTH)
+    kept = means.stat().st_size // RECORD_BYTES
     assert 0 < kept < 120 and not (tmp_path / "out" / "summary.json").exists()
     with means.open("ab") as file:
         file.write(b"half a record")
     status, fake = job()
     assert status == 0 and len(fake.seen) == 120 - kept
     assert state("out") == state("whole")
+
+
+@pytest.mark.parametrize("at", [0, 31, 32, RECORD_BYTES - 5, RECORD_BYTES - 4, RECORD_BYTES - 1])
+def test_a_bit_that_flips_in_a_state_is_seen_and_can_be_cured(job, tmp_path, capsys, at):
+    assert job()[0] == 0
+    means = tmp_path / "out" / "means.bin"
+    data = bytearray(means.read_bytes())
+    data[3 * RECORD_BYTES + at] ^= 4
+    means.write_bytes(data)
+    status, fake = job()
+    assert status == 2 and fake.seen == []
+    said = capsys.readouterr().err
+    assert f"{means}: record 4 is damaged" in said and "delete the file to have it made" in said
+    means.unlink()
+    status, fake = job()
+    assert status == 0 and len(fake.seen) == 120
+
+
+def test_a_file_of_states_without_checksums_is_said_to_be_an_earlier_versions(
+    job, tmp_path, capsys
+):
+    assert job()[0] == 0
+    means = tmp_path / "out" / "means.bin"
+    data = means.read_bytes()
+    starts = range(0, len(data), RECORD_BYTES)
+    earlier = b"".join(data[at : at + RECORD_BYTES - 4] for at in starts)
+    means.write_bytes(earlier)
+    status, fake = job()
+    assert status == 2 and fake.seen == []
+    said = capsys.readouterr().err
+    assert f"{means} was made by an earlier version; delete it to have it made again" in said
+    assert means.read_bytes() == earlier
+
+
+def test_half_a_record_is_taken_back_where_the_disk_is_full(tmp_path, monkeypatch):
+    """A copy of it would be longer than the file after the next run has cut it."""
+    item = Item("a", "b")
+    with MeanFile(tmp_path / "means.bin", LAYERS, WIDTH) as file:
+        file.append([Answer(item, state_of(*item))])
+        write = file._file.write
+
+        class Full:
+            tell, truncate = file._file.tell, file._file.truncate
+
+            def write(self, data):
+                write(data[:100])
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(file, "_file", Full())
+            with pytest.raises(OSError, match="No space left on device: '.*means.bin'"):
+                file.append([Answer(Item("c", "d"), state_of("c", "d"))])
+        assert file.path.stat().st_size == RECORD_BYTES
+        file.append([Answer(Item("c", "d"), state_of("c", "d"))])
+    assert file.cut_half_record() == 0 and len(file.places()) == 2
+
+
+def test_the_folder_is_copied(job, tmp_path):
+    assert job("--copy-to", f"file://{tmp_path}/far")[0] == 0
+    for name in ("means.bin", "manifest.json", "summary.json", "says_yes.safetensors"):
+        assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert job("--seed", "1", "--copy-to", f"file://{tmp_path}/other")[0] == 2
+    assert not (tmp_path / "other").exists()  # another run's folder
 
 
 def test_finished_traits_are_not_made_again(job, tmp_path, monkeypatch):
@@ -259,7 +325,7 @@ def test_another_run_or_pair_is_not_mixed_in(job, tmp_path, sets, capsys):
         assert job(*options)[0] == 2
         assert "holds another run" in capsys.readouterr().err
     means = tmp_path / "out" / "means.bin"
-    means.write_bytes(means.read_bytes()[: -10 * (32 + 4 * LAYERS * WIDTH)])
+    means.write_bytes(means.read_bytes()[: -10 * RECORD_BYTES])
     other = PAIR.model_copy(update={"after_sha256": {"model.safetensors": "a2"}})
     assert job(pair=other)[0] == 2
     assert "after_sha256" in capsys.readouterr().err

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 
 from deployments.local_service import LocalService, free_port, local_service  # noqa: E402
 
-from . import canary, fuzz, killer, oom, overload, resumes, same_text, soak, stalled  # noqa: E402
+from . import canary, fuzz, kill_at_write, killer, oom, overload, same_text, soak, stalled  # noqa: E402
 from .asked import ROOT  # noqa: E402
 from .figures import HEAD, Line  # noqa: E402
 
@@ -77,7 +77,7 @@ def figures(services: Services, long: bool) -> dict[str, Callable[[], Found]]:
 
     found: dict[str, Callable[[], Found]] = {
         "oom": lambda: oom.run(stride=1 if long else 293),
-        "resumes": lambda: resumes.run(200 if long else 25),
+        "resumes": lambda: kill_at_write.run(200 if long else 25, seed=4),
         "overload": lambda: overload.run(services.small),
         "canary": of_canary,
         "same_text": lambda: same_text.run(services.shipped, 10_000 if long else 96),

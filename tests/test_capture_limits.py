@@ -39,7 +39,7 @@ def test_one_fault_at_any_allocation(name: str, layer: int | None) -> None:
     requests = some(traits(pair), 4, layer=layer, mean=True)
     expected = Engine(pair).capture(requests)
     before, own = hooks(pair), pair.after.config._attn_implementation
-    at, raised = 1, 1  # at the first, the second, the fourth, ...
+    at, raised = 1, 1  # at the first, the third, the ninth, ...
     while raised:
         engine = Engine(pair, EngineConfig(prefill_tokens=64))
         with Faults(lambda n, at=at: n == at) as faults:  # type: ignore[misc]
@@ -51,7 +51,7 @@ def test_one_fault_at_any_allocation(name: str, layer: int | None) -> None:
             assert a.tensors.keys() == b.tensors.keys()
             for key, x in a.tensors.items():
                 close(x, b.tensors[key])
-        at *= 2
+        at *= 3
     assert at > 100
 
 

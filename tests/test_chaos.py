@@ -59,11 +59,6 @@ def test_a_leak_is_found_in_plain_and_in_base64() -> None:
     assert canary.leaks("run/rows.jsonl", b"nothing") == []
 
 
-def test_out_of_memory_loses_no_row() -> None:
-    found = oom.run(stride=797)
-    assert found["oom_rows_lost"] == 0 and found["oom_faults"] > 10
-
-
 def test_a_fault_of_the_service_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that the ingress cannot know, and one that never answers."""
 

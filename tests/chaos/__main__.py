@@ -76,7 +76,7 @@ def figures(services: Services, long: bool) -> dict[str, Callable[[], Found]]:
         return canary.run(services.small, folder)
 
     found: dict[str, Callable[[], Found]] = {
-        "oom": lambda: oom.run(stride=11 if long else 293),
+        "oom": lambda: oom.run(stride=11 if long else 499),
         "resumes": lambda: kill_at_write.run(200 if long else 25, seed=4),
         "overload": lambda: overload.run(services.small),
         "canary": of_canary,

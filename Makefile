@@ -21,8 +21,10 @@ demo: setup
 serve: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" RAY_AUTH_MODE=token $(GUARD) serve run serve_config.yaml
 
+# Two at a time, and then, one after the other, those that start a cluster.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not ray" --numprocesses 2
+	$(BIN)/python -m pytest -m ray
 
 # What is lost under faults, load and abuse: 4 minutes; make chaos LONG=1: hours.
 chaos: setup

@@ -25,13 +25,15 @@ HALF = (
 
 def run(service: LocalService, stalled: int, rounds: int = 6, each: int = 100) -> dict[str, Any]:
     """The 99th percentile of `rounds` x `each` requests with `stalled` connections over that of as
-    many without. Rounds with and without take turns, so that a loaded machine is loaded for both.
+    many without. Rounds with and without take turns, so that a loaded machine is loaded for both;
+    before each comes one that does not count, while the service takes connections or lets go.
     """
     with_, without, open_ = list[float](), list[float](), stalled
-    one_round(service, each)  # connections, prompts, threads: warm
     for _ in range(rounds):
+        one_round(service, each)
         without += one_round(service, each)
         with half_sent(service, stalled) as connections:
+            one_round(service, each)
             with_ += one_round(service, each)
             open_ = min(open_, sum(map(waits, connections)))
     p99 = [statistics.quantiles(times, n=100)[-1] for times in (with_, without)]

@@ -49,7 +49,7 @@ def run(service: LocalService, folder: Path, rows: int, every_s: float = 2.0) ->
     assert process.returncode == 0, said[-2000:]
     seconds = time.monotonic() - start
     growth = {
-        names[pid]: grown
+        pid: grown
         for pid, measured in memory.items()
         if (grown := growth_of(measured, seconds)) is not None
     }
@@ -62,8 +62,10 @@ def run(service: LocalService, folder: Path, rows: int, every_s: float = 2.0) ->
         "soak_processes": len(growth),
         "grew": sum(grown > MAX_GROWTH for grown in growth.values()),
         "worst_growth": round(max(growth.values()), 4),
-        "memory_mb": {names[pid]: round(memory[pid][-1][1] / 2**20) for pid in growth},
-        "why": [f"{name}: {grown:+.1%}" for name, grown in growth.items() if grown > MAX_GROWTH],
+        "memory_mb": sorted(round(memory[pid][-1][1] / 2**20) for pid in growth),
+        "why": [
+            f"{names[pid]}: {grown:+.1%}" for pid, grown in growth.items() if grown > MAX_GROWTH
+        ],
     }
 
 

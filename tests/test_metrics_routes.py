@@ -19,14 +19,26 @@ def test_several_nodes_are_one_text() -> None:
         "# HELP lda_tokens_total tokens drawn\n"
         "# TYPE lda_tokens_total counter\n"
         'lda_tokens_total{deployment="LDAReplica",replica="a"} 3.0\n'
-        'lda_tokens_total{deployment="LDAReplica",replica="b"} 1e+09\n'
+        'lda_tokens_total{deployment="LDAReplica",replica="b"} 1000000000.0\n'
         "# HELP serve_actual_batch_size requests in a batch\n"
         "# TYPE serve_actual_batch_size histogram\n"
-        'serve_actual_batch_size_bucket{le="1",replica="a"} 1\n'
-        'serve_actual_batch_size_sum{replica="a"} 1\n'
-        'serve_actual_batch_size_bucket{le="1",replica="b"} 1\n'
-        'serve_actual_batch_size_sum{replica="b"} 1\n'
+        'serve_actual_batch_size_bucket{le="1",replica="a"} 1.0\n'
+        'serve_actual_batch_size_sum{replica="a"} 1.0\n'
+        'serve_actual_batch_size_bucket{le="1",replica="b"} 1.0\n'
+        'serve_actual_batch_size_sum{replica="b"} 1.0\n'
     )
+
+
+def test_what_only_a_label_of_rays_told_apart_is_added_up() -> None:
+    """A page with two samples of the same labels is no page that Prometheus takes."""
+    text = (
+        "# TYPE ray_serve_deployment_request_counter_total counter\n"
+        'ray_serve_deployment_request_counter_total{deployment="Ingress",route="/ready"} 2.0\n'
+        'ray_serve_deployment_request_counter_total{deployment="Ingress",route="/score"} 5.0\n'
+    )
+    assert exposition([text]).splitlines()[1:] == [
+        'serve_deployment_request_counter_total{deployment="Ingress"} 7.0'
+    ]
 
 
 def test_what_is_no_exposition_gives_nothing() -> None:

@@ -119,7 +119,7 @@ class Edge:
         if name is None and not is_open:
             raise Refused(
                 401,
-                "send an API key: authorization: Bearer KEY",
+                "no API key, or none of this service's: send authorization: Bearer KEY",
                 "invalid_api_key",
                 headers=(
                     ("www-authenticate", "Bearer"),

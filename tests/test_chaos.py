@@ -40,12 +40,12 @@ def test_the_table_has_a_line_for_each_figure_that_is_there() -> None:
 
 
 def test_memory_that_grows_is_told_from_memory_that_warms_up() -> None:
-    seconds = [float(i) for i in range(101)]
-    warm = [(s, 100 if s < 10 else 200) for s in seconds]
-    grows = [(s, int(1000 + s)) for s in seconds]
-    assert growth_of(warm, 100.0) == pytest.approx(0, abs=1e-9)
-    assert growth_of(grows, 100.0) == pytest.approx(90 / 1010, rel=0.01)
-    assert growth_of(warm[50:], 100.0) is None and growth_of(warm[:50], 100.0) is None
+    parts = [i / 100 for i in range(101)]
+    warm = [(part, 100 if part < 0.1 else 200) for part in parts]
+    grows = [(part, int(1000 + 100 * part)) for part in parts]
+    assert growth_of(warm) == pytest.approx(0, abs=1e-9)
+    assert growth_of(grows) == pytest.approx(90 / 1010, rel=0.01)
+    assert growth_of(warm[50:]) is growth_of(warm[:50]) is growth_of([]) is None
 
 
 def test_a_leak_is_found_in_plain_and_in_base64() -> None:

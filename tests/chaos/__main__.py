@@ -140,7 +140,7 @@ def lines(found: Found, long: bool) -> list[Line]:
     if "canary_found" in found:
         line("outputs with a secret", found["canary_found"], found["outputs"], note("secrets"))
     if "soak_processes" in found:
-        about = note("soak_rows", "soak_seconds", "bytes_per_row", "worst_growth", "memory_mb")
+        about = note("soak_rows", "soak_seconds", "bytes_per_row", "worst_growth", "analysis_mb")
         line("processes that grew", found["grew"], found["soak_processes"], about)
     return made
 

@@ -19,8 +19,9 @@ PROMPTS = 100
 
 def run(service: LocalService, folder: Path, rows: int, every_s: float = 2.0) -> dict[str, Any]:
     """A sweep of `rows` rows by a driver of its own. For every process of the service and of the
-    sweep that is there from a tenth of the time on: by how much its memory grew from then to the
-    end, by the line through what was measured. `grew` counts those above MAX_GROWTH."""
+    sweep that is there from a tenth of the rows on: by how much its memory grew from then to the
+    last row, by the line through what was measured. `grew` counts those above MAX_GROWTH. (What
+    the driver does then, it does once: `analysis_mb` is the most that it takes.)"""
     folder.mkdir(parents=True)
     alphas = ["0", "0.5", "1", "2"]
     sweep = [
@@ -34,50 +35,49 @@ def run(service: LocalService, folder: Path, rows: int, every_s: float = 2.0) ->
         process = subprocess.Popen(
             sweep, env=service.env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
         )
-    memory: dict[int, list[tuple[float, int]]] = {}
+    path = folder / "run" / "rows.jsonl"
+    memory: dict[int, list[tuple[int, int]]] = {}  # bytes of rows, and its own
     names: dict[int, str] = {}
     try:
         while process.poll() is None:
-            now = time.monotonic() - start
+            written = path.stat().st_size if path.exists() else 0
             for pid, (name, size) in _memory(service.env["RAY_TMPDIR"]).items():
                 names[pid] = f"{name} ({pid})"
-                memory.setdefault(pid, []).append((now, size))
+                memory.setdefault(pid, []).append((written, size))
             time.sleep(every_s)
     finally:
         process.kill()
     said = (folder / "sweep.log").read_text(errors="replace")
     assert process.returncode == 0, said[-2000:]
-    seconds = time.monotonic() - start
-    growth = {
-        pid: grown
-        for pid, measured in memory.items()
-        if (grown := growth_of(measured, seconds)) is not None
-    }
-    with (folder / "run" / "rows.jsonl").open() as file:
-        written = sum(1 for _ in file)
+    whole = path.stat().st_size
+    told = {}
+    for pid, measured in memory.items():
+        while_made = [(written / whole, size) for written, size in measured if written < whole]
+        if (grown := growth_of(while_made)) is not None:
+            told[pid] = grown, while_made[-1][1] / 2**20
+    with path.open() as file:
+        lines = sum(1 for _ in file)
     return {
-        "soak_rows": written,
-        "soak_seconds": round(seconds, 1),
-        "bytes_per_row": round((folder / "run" / "rows.jsonl").stat().st_size / written),
-        "soak_processes": len(growth),
-        "grew": sum(grown > MAX_GROWTH for grown in growth.values()),
-        "worst_growth": round(max(growth.values()), 4),
-        "memory_mb": sorted(round(memory[pid][-1][1] / 2**20) for pid in growth),
-        "why": [
-            f"{names[pid]}: {grown:+.1%}" for pid, grown in growth.items() if grown > MAX_GROWTH
-        ],
+        "soak_rows": lines,
+        "soak_seconds": round(time.monotonic() - start, 1),
+        "bytes_per_row": round(whole / lines),
+        "soak_processes": len(told),
+        "grew": sum(grown > MAX_GROWTH for grown, _ in told.values()),
+        "worst_growth": round(max(grown for grown, _ in told.values()), 4),
+        "analysis_mb": round(max(size for _, size in memory[process.pid]) / 2**20),
+        "why": [f"{names[pid]}: {grown:+.1%} to {mb:.0f} MiB" for pid, (grown, mb) in told.items()],
     }
 
 
-def growth_of(measured: list[tuple[float, int]], seconds: float) -> float | None:
-    """The share by which (second, bytes) grow from a tenth of `seconds` to the end, by the line
-    through them. None for a process that came later, or that is not there at the end."""
-    times, sizes = np.array(measured, dtype=float).T
-    kept = times >= seconds / 10
-    if times[0] > seconds / 10 or times[-1] < 0.9 * seconds or kept.sum() < 3:
+def growth_of(measured: list[tuple[float, int]]) -> float | None:
+    """The share by which (part of the rows, bytes) grow from a tenth of the rows to the last, by
+    the line through them. None for a process that came later, or that is not there at the end."""
+    parts, sizes = np.array(measured, dtype=float).reshape(-1, 2).T
+    kept = parts >= 0.1
+    if kept.sum() < 3 or parts[0] > 0.1 or parts[-1] < 0.9:
         return None
-    slope, _ = np.polyfit(times[kept], sizes[kept], 1)
-    return float(slope * (times[-1] - seconds / 10) / sizes[kept][0])
+    slope, at_the_start = np.polyfit(parts[kept] - 0.1, sizes[kept], 1)
+    return float(slope * 0.9 / at_the_start)
 
 
 def _memory(session: str) -> dict[int, tuple[str, int]]:

@@ -5,7 +5,7 @@ Safe for anything with a seed: the same request gives the same answer on any rep
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
@@ -33,22 +33,37 @@ class ReplicaDied(ReplicaUnavailable):
     """It held the request when it went."""
 
 
-async def ask(call: Callable[[], Awaitable[T]], alone: asyncio.Lock | None = None) -> T:
+class Alone(asyncio.Lock):
+    """Of the last tries of requests to the same replicas. `reached`: a question that any replica
+    answers at once; until one does, nobody's time alone has begun, as replicas take their time to
+    start."""
+
+    def __init__(self, reached: Callable[[], Awaitable[object]]) -> None:
+        super().__init__()
+        self.reached = reached
+
+
+async def ask(call: Callable[[], Awaitable[T]], alone: Alone | None = None) -> T:
     """What `call` answers. After TRIES replicas that died of it, or with it, raises
     InvalidRequest: whatever the reason, it must not walk on through all replicas.
 
     `alone`: held at the beginning of the last try, by all requests to the same replicas, for
-    ALONE_S at most. What has died with a request that kills is not beside it a third time.
+    ALONE_S at most from when a replica answers. Who lives through that is not the one that kills:
+    a death after it, in the company of the next, does not count (TRIES times).
 
     A replica's own InvalidRequest comes out as itself, anything else as it comes.
     """
-    deaths = 0
+    deaths = excused = 0
     while True:
+        lived = asyncio.Event()
         try:
-            async with _turn(deaths, alone):
+            async with _turn(deaths, alone, lived):
                 return await ask_once(call())
         except ReplicaDied:
-            deaths += 1
+            if lived.is_set() and excused < TRIES:
+                excused += 1
+            else:
+                deaths += 1
         except BackPressureError:
             if not deaths:
                 raise
@@ -57,7 +72,10 @@ async def ask(call: Callable[[], Awaitable[T]], alone: asyncio.Lock | None = Non
 
 
 @asynccontextmanager
-async def _turn(deaths: int, alone: asyncio.Lock | None) -> AsyncGenerator[None, None]:
+async def _turn(
+    deaths: int, alone: Alone | None, lived: asyncio.Event
+) -> AsyncGenerator[None, None]:
+    """`lived` is set once its time alone is over."""
     if alone is None or deaths < TRIES - 1:
         yield
         return
@@ -70,11 +88,19 @@ async def _turn(deaths: int, alone: asyncio.Lock | None) -> AsyncGenerator[None,
             held = False
             alone.release()
 
-    timer = asyncio.get_running_loop().call_later(ALONE_S, release)
+    def over() -> None:
+        lived.set()
+        release()
+
+    timer: asyncio.TimerHandle | None = None
     try:
+        with suppress(ReplicaUnavailable, BackPressureError):  # what is asked now will say so, too
+            await alone.reached()
+        timer = asyncio.get_running_loop().call_later(ALONE_S, over)
         yield
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
         release()
 
 
@@ -102,7 +128,7 @@ class Streamed(Protocol[Item]):
 
 
 async def ask_each(
-    call: Callable[[], "Streamed[T]"], alone: asyncio.Lock | None = None
+    call: Callable[[], "Streamed[T]"], alone: Alone | None = None
 ) -> AsyncGenerator[T, None]:
     """What `call` answers, item by item; closed, it cancels the call.
 
@@ -110,11 +136,12 @@ async def ask_each(
     ReplicaDied: what was said cannot be taken back. The last try is alone as in `ask`, at most
     until the first item.
     """
-    deaths = 0
+    deaths = excused = 0
     while True:
         begun = ended = False
+        lived = asyncio.Event()
         async with AsyncExitStack() as turn:
-            await turn.enter_async_context(_turn(deaths, alone))
+            await turn.enter_async_context(_turn(deaths, alone, lived))
             response = call()
             try:
                 while True:
@@ -129,7 +156,10 @@ async def ask_each(
                 ended = True
                 if begun:
                     raise
-                deaths += 1
+                if lived.is_set() and excused < TRIES:
+                    excused += 1
+                else:
+                    deaths += 1
             except BackPressureError:
                 ended = True
                 if not deaths:

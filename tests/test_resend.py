@@ -14,6 +14,10 @@ from deployments.schemas import InvalidRequest, NotReady, Overdue, ReplicaUnavai
 BUSY = BackPressureError(num_queued_requests=1, max_queued_requests=1)
 
 
+async def at_once() -> None:
+    """A replica is there."""
+
+
 def wrapped(error: Exception) -> Exception:
     return RayTaskError("generate", "Traceback ...", error).as_instanceof_cause()
 
@@ -101,14 +105,14 @@ def test_the_last_try_of_one_is_not_beside_the_last_try_of_another(how: str) -> 
             there.discard(self.i)
             return self.i
 
-    async def one(i: int, alone: asyncio.Lock) -> Any:
+    async def one(i: int, alone: resend.Alone) -> Any:
         if how == "ask":
             return await resend.ask(Call(i).__anext__, alone)
         async for item in resend.ask_each(lambda: Call(i), alone):
             return item
 
     async def all_of_them() -> list[Any]:
-        alone = asyncio.Lock()
+        alone = resend.Alone(at_once)
         asked = (one(i, alone) for i in range(10))
         return await asyncio.gather(*asked, return_exceptions=True)
 
@@ -142,7 +146,7 @@ def test_a_last_try_that_has_lived_for_a_while_lets_the_next_one_begin(
             await asyncio.sleep(0.3)
             return "text"
 
-    async def one(alone: asyncio.Lock) -> str | None:
+    async def one(alone: resend.Alone) -> str | None:
         call = Call()
         if how == "ask":
             return await resend.ask(call.__anext__, alone)
@@ -153,7 +157,7 @@ def test_a_last_try_that_has_lived_for_a_while_lets_the_next_one_begin(
         return None
 
     async def all_of_them() -> list[str | None]:
-        alone = asyncio.Lock()
+        alone = resend.Alone(at_once)
         async with asyncio.timeout(1.0):
             answers = await asyncio.gather(*(one(alone) for _ in range(12)))
         assert not alone.locked()
@@ -165,7 +169,7 @@ def test_a_last_try_that_has_lived_for_a_while_lets_the_next_one_begin(
 
 def test_a_last_try_that_is_cancelled_lets_the_next_one_begin() -> None:
     async def run() -> None:
-        alone = asyncio.Lock()
+        alone = resend.Alone(at_once)
         outcomes: list[Any] = [DEAD, DEAD, "wait"]
 
         async def call() -> Any:
@@ -311,3 +315,56 @@ def test_a_stream_that_is_closed_cancels_its_call_and_a_finished_one_does_not() 
 
     asyncio.run(stop_waiting())
     assert waiting.cancelled
+
+
+def test_the_time_alone_begins_when_a_replica_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that wait for a replica to start would else be beside a request that kills."""
+    monkeypatch.setattr(resend, "ALONE_S", 0.01)
+    monkeypatch.setattr(resend, "FIRST_WAIT_S", 0.0)
+
+    async def run() -> None:
+        started, left = asyncio.Event(), [2]
+
+        async def call() -> str:
+            left[0] -= 1
+            if left[0] >= 0:
+                raise ReplicaUnavailable
+            await asyncio.Event().wait()
+            return "never"
+
+        alone = resend.Alone(started.wait)
+        task = asyncio.ensure_future(resend.ask(call, alone))
+        await asyncio.sleep(0.1)
+        assert alone.locked() and left == [0]  # the last try is not sent yet
+        started.set()
+        await asyncio.sleep(0.1)
+        assert not alone.locked() and left == [-1]
+        task.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_death_after_the_time_alone_is_another_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one's, whose turn it then is; but not for ever."""
+    monkeypatch.setattr(resend, "ALONE_S", 0.01)
+    monkeypatch.setattr(resend, "FIRST_WAIT_S", 0.0)
+
+    def long_lived(deaths: int) -> Callable[[], Awaitable[str]]:
+        left = [deaths]
+
+        async def call() -> str:
+            await asyncio.sleep(0.05)
+            left[0] -= 1
+            if left[0] >= 0:
+                raise ReplicaUnavailable
+            return "whole"
+
+        return call
+
+    async def run(deaths: int) -> str:
+        return await resend.ask(long_lived(deaths), resend.Alone(at_once))
+
+    most = resend.TRIES - 1 + resend.TRIES
+    assert asyncio.run(run(most)) == "whole"
+    with pytest.raises(InvalidRequest, match="replicas in a row died"):
+        asyncio.run(run(most + 1))

@@ -161,15 +161,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 one = all_of_them[name]()
             except Exception as error:  # the others are still worth knowing
-                failed.append(name)
-                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+                failed.append(f"no figure of {name}: {type(error).__name__}: {error}")
+                print(failed[-1], file=sys.stderr)
                 continue
             for why in one.pop("why", []):
                 print(f"{name}: {why}", file=sys.stderr)
             print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
             found |= one
     table = lines(found, args.long)
-    print(HEAD, *table, sep="\n")
+    print(HEAD, *table, *failed, sep="\n")  # again: what was said first is far above
     found["seconds"] = round(time.monotonic() - start, 1)
     print(json.dumps({name: found.get(name) for name in JSON_LINE}))
     return int(bool(failed) or any(line.found for line in table))

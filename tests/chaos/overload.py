@@ -4,6 +4,7 @@ so, quickly."""
 import asyncio
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ ONGOING, QUEUED = 16, 16
 HELD = ONGOING + QUEUED
 TIMEOUT_S = 120.0
 MAX_NEW_TOKENS, LONG = 120, 400
+REFUSALS = 50
 
 
 @contextmanager
@@ -61,8 +63,8 @@ class Told:
 
 
 def run(service: LocalService, times: int = 10, seed: int = 2) -> dict[str, Any]:
-    """`times` as many requests at once as the small service holds; and then, while it is full, one
-    after the other."""
+    """`times` as many requests at once as the small service holds; and then, while it is kept full,
+    one after the other."""
     asked = bodies(times * HELD, seed, MAX_NEW_TOKENS)
     wanted = expected(pair(), asked, alone=False)
     crowd, more = asyncio.run(_told(service, asked))
@@ -74,7 +76,8 @@ def run(service: LocalService, times: int = 10, seed: int = 2) -> dict[str, Any]
         "refused": len(refused),
         # Neither its own text nor told to come again.
         "overload_lost": len(asked) - good - len(refused),
-        "refused_in_the_crowd_ms": _middle_and_p95(refused),
+        # A slow machine sends them so slowly that each finds a place.
+        "refused_in_the_crowd_ms": _middle_and_p95(refused) if len(refused) > 1 else None,
         "refused_ms": _middle_and_p95(more),
     }
 
@@ -103,16 +106,30 @@ async def _told(service: LocalService, asked: list[Body]) -> tuple[list[Told], l
         await ask(asked[0])  # warm
         crowd = await asyncio.gather(*map(ask, asked))
         long = {**asked[0], "max_new_tokens": LONG, "ignore_eos": True}
-        holding = [asyncio.ensure_future(ask(long)) for _ in range(HELD + 1)]
-        while not any(one.done() for one in holding):  # one too many is refused
-            await asyncio.sleep(0.01)
-        more: list[float] = []
-        while len(more) < 50 and (told := await ask(asked[0])).refused:
-            more.append(told.ms)
-        held = await asyncio.gather(*holding)
-    assert all(told.status == 200 or told.refused for told in held), [t.status for t in held]
-    assert len(more) > 1, "it was never full"
-    return crowd, more
+        told: list[Told] = []
+
+        async def hold() -> None:
+            """Keep one place taken: of requests that come at once more may be refused than are too
+            many, and each that is answered leaves its place."""
+            while True:
+                told.append(await ask(long))
+                if told[-1].refused:
+                    await asyncio.sleep(0.05)
+
+        # One more than there are places: one of them is always being refused.
+        holding = [asyncio.ensure_future(hold()) for _ in range(HELD + 1)]
+        await asyncio.sleep(1)  # until their burst is over
+        more: list[Told] = []
+        begun = time.perf_counter()
+        while sum(one.refused for one in more) < REFUSALS:
+            assert time.perf_counter() - begun < TIMEOUT_S, "it was hardly ever full"
+            more.append(await ask(asked[0]))
+        for one in holding:
+            one.cancel()
+        await asyncio.gather(*holding, return_exceptions=True)
+    statuses = Counter(one.status for one in told + more if not one.refused)
+    assert set(statuses) <= {200}, statuses
+    return crowd, [one.ms for one in more if one.refused]
 
 
 def _middle_and_p95(times: list[float]) -> list[float]:

@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments import metrics_routes, openai_routes, tokenizer_routes
 from deployments.capture_lists import CapturedLists, as_json, require_scores_only
+from deployments.collector import make_full_collections_rare
 from deployments.edge import Edge, EdgeMiddleware
 from deployments.edge_options import EdgeOptions
 from deployments.http_errors import RESPONSES, error_body, install_error_handlers
@@ -108,6 +109,7 @@ class Ingress(openai_routes.OpenAIRoutes):
     ) -> None:
         """`replicas`: of each pair, by its name; `results`: the folder whose finished runs the page
         shows. Raises EdgeError, which fails the deploy, where anyone could reach the service."""
+        make_full_collections_rare()
         self.edge = Edge(edge or EdgeOptions(), listening_host())
         self._pairs = ResidentPairs(replicas, limits)
         self._limits = limits

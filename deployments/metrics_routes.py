@@ -3,9 +3,9 @@
 Where the numbers come from: `metrics.py` counts in each replica, `ingress_metrics.py` in the
 ingress, and they tell Ray, as Serve does with its own numbers. Ray's agent on each node has those
 of the node's processes, some seconds old, at its metrics port; this route asks the agents of all
-living nodes and passes on what is ours (`lda_...`) and Serve's on our replicas' queue and batches
-(`serve_...`), without Ray's labels: what these alone told apart (each route, each handle) is added
-up. `lda_metrics_nodes` says how many nodes answered.
+living nodes and passes on what is ours (`lda_...`) and Serve's on our replicas' queue, batches and
+times (`serve_...`), without Ray's labels: what these alone told apart (each route, each handle) is
+added up. `lda_metrics_nodes` says how many nodes answered.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ _SERVE = (
     *("deployment_queued_queries", "replica_processing_queries", "actual_batch_size"),
     *("num_ongoing_requests_at_replicas", "deployment_replica_healthy"),
     *("deployment_replica_starts_total", "deployment_request_counter_total"),
+    "deployment_processing_latency_ms",
 )
 _LABELS = ("application", "deployment", "replica", "alpha", "le", "function_name", "code")
 _TIMEOUT_S = 5.0

@@ -4,6 +4,7 @@ Ray calls `middlewares` in each proxy if the environment in which its cluster is
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deployments.proxy_guard:middlewares. Without it the
 service works and is guarded by its edge, but
 
+- many requests whose bodies do not come cost the others pauses (`deployments.collector`);
 - an answer that its client does not read waits in the proxy's memory for as long as the client
   likes, and its rows are decoded to their end;
 - the proxy says an `x-request-id` back as it came, and fails with a bare 500 on some headers that
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.collector import make_full_collections_rare
 from deployments.request_ids import HEADER, is_good
 
 CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.proxy_guard:middlewares"}
@@ -36,6 +38,7 @@ _SERVES_OWN = (
 
 
 def middlewares() -> list[Middleware]:
+    make_full_collections_rare()
     return [Middleware(ProxyGuard)]
 
 

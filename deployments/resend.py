@@ -53,64 +53,74 @@ async def ask(call: Callable[[], Awaitable[T]], alone: Alone | None = None) -> T
 
     A replica's own InvalidRequest comes out as itself, anything else as it comes.
     """
-    deaths = excused = 0
+    tries = _Tries(alone)
     while True:
-        lived = asyncio.Event()
         try:
-            async with _turn(deaths, alone, lived):
+            async with tries.turn():
                 return await ask_once(call())
-        except ReplicaDied:
-            if lived.is_set() and excused < TRIES:
-                excused += 1
-            else:
-                deaths += 1
-        except BackPressureError:
-            if not deaths:
-                raise
-            # It was accepted once, and waits: those that came meanwhile are refused.
-        await _pause(deaths)
+        except (ReplicaDied, BackPressureError) as error:
+            tries.failed(error)
+        await tries.pause()
 
 
-@asynccontextmanager
-async def _turn(
-    deaths: int, alone: Alone | None, lived: asyncio.Event
-) -> AsyncGenerator[None, None]:
-    """`lived` is set once its time alone is over."""
-    if alone is None or deaths < TRIES - 1:
-        yield
-        return
-    await alone.acquire()
-    held = True
+class _Tries:
+    """Of one request."""
 
-    def release() -> None:
-        nonlocal held
-        if held:
-            held = False
-            alone.release()
+    def __init__(self, alone: Alone | None) -> None:
+        self._alone = alone
+        self._deaths = self._excused = 0
+        self._lived = False
 
-    def over() -> None:
-        lived.set()
-        release()
+    @asynccontextmanager
+    async def turn(self) -> AsyncGenerator[None, None]:
+        """The next try; the last one begins alone."""
+        self._lived = False
+        alone = self._alone
+        if alone is None or self._deaths < TRIES - 1:
+            yield
+            return
+        await alone.acquire()
+        held = True
 
-    timer: asyncio.TimerHandle | None = None
-    try:
-        with suppress(ReplicaUnavailable, BackPressureError):  # what is asked now will say so, too
-            await alone.reached()
-        timer = asyncio.get_running_loop().call_later(ALONE_S, over)
-        yield
-    finally:
-        if timer is not None:
-            timer.cancel()
-        release()
+        def release() -> None:
+            nonlocal held
+            if held:
+                held = False
+                alone.release()
 
+        def over() -> None:
+            self._lived = True
+            release()
 
-async def _pause(deaths: int) -> None:
-    """After so many deaths, and before the next try if there is one."""
-    if deaths == TRIES:
-        count("lda_replicas_died")
-        raise died()
-    count("lda_resent")
-    await asyncio.sleep(FIRST_WAIT_S * 2 ** (deaths - 1))
+        timer: asyncio.TimerHandle | None = None
+        try:
+            with suppress(ReplicaUnavailable, BackPressureError):  # what is asked will say so, too
+                await alone.reached()
+            timer = asyncio.get_running_loop().call_later(ALONE_S, over)
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+            release()
+
+    def failed(self, error: Exception) -> None:
+        """Raises InvalidRequest where there is no next try, and `error` where it says that the
+        queue is full to a request that was never in it: others were accepted, and wait."""
+        if not isinstance(error, ReplicaDied):
+            if not self._deaths:
+                raise error
+            return
+        if self._lived and self._excused < TRIES:
+            self._excused += 1
+        else:
+            self._deaths += 1
+        if self._deaths == TRIES:
+            count("lda_replicas_died")
+            raise died()
+        count("lda_resent")
+
+    async def pause(self) -> None:
+        await asyncio.sleep(FIRST_WAIT_S * 2 ** (self._deaths - 1))
 
 
 def died() -> InvalidRequest:
@@ -136,12 +146,11 @@ async def ask_each(
     ReplicaDied: what was said cannot be taken back. The last try is alone as in `ask`, at most
     until the first item.
     """
-    deaths = excused = 0
+    tries = _Tries(alone)
     while True:
         begun = ended = False
-        lived = asyncio.Event()
         async with AsyncExitStack() as turn:
-            await turn.enter_async_context(_turn(deaths, alone, lived))
+            await turn.enter_async_context(tries.turn())
             response = call()
             try:
                 while True:
@@ -152,22 +161,15 @@ async def ask_each(
             except StopAsyncIteration:
                 ended = True
                 return
-            except ReplicaDied:
+            except (ReplicaDied, BackPressureError) as error:
                 ended = True
                 if begun:
                     raise
-                if lived.is_set() and excused < TRIES:
-                    excused += 1
-                else:
-                    deaths += 1
-            except BackPressureError:
-                ended = True
-                if not deaths:
-                    raise
+                tries.failed(error)
             finally:
                 if not ended:
                     response.cancel()
-        await _pause(deaths)
+        await tries.pause()
 
 
 async def ask_once(response: Awaitable[T]) -> T:

@@ -38,6 +38,7 @@ from jobs.call import AnswerT, Caller, ItemT, Work, one_line
 from jobs.errors import JobError, Refused, Stopped
 
 TASK_CPUS = 0.1  # small: a 1-CPU task could take a dead replica's CPU, and both wait for ever
+TASK_ENV = {"MALLOC_ARENA_MAX": "1"}  # as in serve_config.yaml
 MAX_TASK_CRASHES = 3
 GIVE_UP_AFTER = 100  # requests in a row without an answer
 LOST_TASK = (WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError)
@@ -191,7 +192,10 @@ class RayService:
         size = max(1, min(16 * self.in_flight, -(-requests // tasks)))
         # No retries by Ray: a stream begun again comes in another order. Those left are sent anew.
         remote = ray.remote(work_in_task).options(
-            num_cpus=TASK_CPUS, max_retries=0, num_returns="streaming"
+            num_cpus=TASK_CPUS,
+            max_retries=0,
+            num_returns="streaming",
+            runtime_env={"env_vars": TASK_ENV},
         )
         crashed: deque[tuple[list[ItemT], int]] = deque()
         running: list[_Task] = []

@@ -18,6 +18,7 @@ def exported() -> set[str]:
     counters = {f"{metrics._NAMES.get(name, f'lda_{name}')}_total" for name in metrics._TOTALS}
     counters |= {f"{name}_total" for name in ingress_metrics.COUNTERS}
     serve = {f"serve_{name}" for name in metrics_routes._SERVE}
+    serve.add("serve_deployment_processing_latency_ms_bucket")
     return counters | set(metrics._NOW) | serve | {"lda_metrics_nodes", "lda_noise_floor"}
 
 

@@ -37,16 +37,19 @@ def run(service: LocalService, rows: int, seed: int = 1) -> dict[str, Any]:
     with one_dies(service, after=rows // 8) as count:
         passes.append(ask(shuffled, IN_FLIGHT, count))
     wait_for_replicas(service, 2)
-    changed, unanswered = set[int](), 0
-    for found in passes:
+    changed, unanswered, why = set[int](), 0, []
+    for number, found in enumerate(passes):
         unanswered += sum(isinstance(answer, str) for answer in found)
-        changed |= {i for i, answer in enumerate(found) if answer != wanted[i]}
+        other = [i for i, answer in enumerate(found) if answer != wanted[i]]
+        changed |= set(other)
+        why += [f"pass {number}, row {i}: {found[i]}, not {wanted[i]}" for i in other]
     return {
         "rows": rows,
         "passes": len(passes),
         "rows_changed": len(changed),
         "unanswered": unanswered,
         "served_by": served_by,
+        "why": why,
     }
 
 

@@ -6,6 +6,7 @@ PYTHONPATH=tests python -m chaos [--long] [--only NAME ...]
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -176,4 +177,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Or a service that was started would go on, and keep others from submitting jobs.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

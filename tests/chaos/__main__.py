@@ -136,7 +136,7 @@ def lines(found: Found, long: bool) -> list[Line]:
         if long:
             line(f"refusals above {MAX_MS} ms (median)", found["refused_ms"][0] > MAX_MS, 1)
     if "rows" in found:
-        n, about = found["rows"], note("passes", "served_by")
+        n, about = found["rows"], note("passes", "served_by", "unanswered")
         line("rows whose text changed", found["rows_changed"], n, about)
     if "canary_found" in found:
         line("outputs with a secret", found["canary_found"], found["outputs"], note("secrets"))

@@ -17,6 +17,7 @@ _TOTALS = {
     "scored_tokens": "tokens read and not drawn",
     "captured_tokens": "tokens whose activations were captured",
     "out_of_memory": "times that the device had no memory for a step",
+    "ties": "draws that were too close to call and decided by a pass of their row alone",
     "overdue": "rows that their deadline ended, or that were still waiting at it",
     "busy_s": "seconds that steps took, prompts read in them too",
     "floor_bytes": "bytes that steps had to read at least: weights, live keys and values once",

@@ -86,7 +86,9 @@ class LDAReplica:
             logger.warning("pair: %s", notice)
         noise = lda_core.noise_floor(self._pair)
         logger.info("noise floor, largest change of a mixed logit by alpha: %s", noise)
-        resident = lda_core.Engine(self._pair, engine)
+        # Mixing adds up what both models have of it.
+        of_one = max(change / (1 + 2 * alpha) for alpha, change in noise.items())
+        resident = lda_core.Engine(self._pair, engine, noise=of_one)
         logger.info("memory: %s", memory_words(resident))
         self._metrics = EngineMetrics(resident, noise)
         self._engine = lda_core.EngineThread(resident, lambda: die())

@@ -116,6 +116,7 @@ class BatchState(NamedTuple):
     kl: Rows | None = None  # rows that want it
     fewest: Tensor | None = None  # (B,) tokens before which no EOS is drawn, if any row has some
     pushes: tuple[Push, ...] = ()
+    ties: Tensor | None = None  # (B,) logits that are closer are the same; None: none are
 
     @classmethod
     def of(
@@ -126,8 +127,10 @@ class BatchState(NamedTuple):
         *,
         lanes: int = 1,
         one_run: bool = False,
+        tie: float | None = None,
     ) -> Self:
-        """`lanes`: rows the model sees for every row; `one_run`: not split by size."""
+        """`lanes`: rows the model sees for every row; `one_run`: not split by size; `tie`: logits
+        of one model that are closer are the same."""
         requests = [row.request for row in rows]
         ints = torch.tensor(
             [
@@ -191,6 +194,7 @@ class BatchState(NamedTuple):
                 else None
             ),
             pushes=pushes(requests, device),
+            ties=None if tie is None else _ties(requests, tie, device),
         )
 
     def step_input(self, rows: Sequence[Row], prefixes: Sequence[Prefix]) -> StepInput:
@@ -208,6 +212,15 @@ class BatchState(NamedTuple):
 
     def advance(self, tokens: Tensor) -> Self:
         return self._replace(tokens=tokens, positions=self.positions + 1, step=self.step + 1)
+
+
+def _ties(requests: Sequence[Request], tie: float, device: torch.device) -> Tensor:
+    """(B,) what mixing makes of it. A steered row has none: a pass of the row alone, which would
+    decide, does not steer."""
+    return torch.tensor(
+        [0.0 if r.steer else tie * (abs(1 + r.alpha) + abs(r.alpha)) for r in requests],
+        device=device,
+    )
 
 
 def _kinds(requests: Sequence[Request], device: torch.device) -> Kinds:

@@ -3,7 +3,7 @@
 Shapes: B rows, V common vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ class Draw(NamedTuple):
     watched: list[tuple[float, ...]]
     kl: list[tuple[float, ...]]
     top: list[tuple[float, ...]]  # ids, then log-probabilities
+    close: Sequence[int] = ()  # rows of which another rounding may draw another token
 
 
 class Drawer:
@@ -63,7 +64,8 @@ class Drawer:
         gate, proposed = self._proposed(after, before, mixed, state)
         peak = proposed.amax(dim=-1)  # (B,) NaN or infinite as the row's logits are
         candidates = min(self._vocab, max(self._candidates, state.top_k + 1))
-        tokens, sure = propose(proposed, peak, state.sampling, state.step, state.kinds, candidates)
+        how = state.sampling, state.step, state.kinds
+        tokens, sure, clear = propose(proposed, peak, *how, candidates, state.ties)
         finite = peak.isfinite()
         if proposed is not mixed:
             finite &= mixed.amax(dim=-1).isfinite()
@@ -72,9 +74,10 @@ class Drawer:
             finite &= record.fine
         if record.sure is not None:
             sure &= record.sure
-        drawn, ok, certain, *values = _to_host(tokens, finite, sure, *record.columns)
+        columns = tokens, finite, sure, clear, *record.columns
+        drawn, ok, certain, clearly, *values = _to_host(*columns)
         if all(ok) and all(certain):
-            return tokens, record.on_host(drawn, values, [False] * len(drawn))
+            return tokens, record.on_host(drawn, values, [False] * len(drawn), clearly)
         if not all(certain):
             self._candidates = min(self._vocab, 2 * self._candidates)
         return self._with_care(after, before, state)
@@ -93,12 +96,14 @@ class Drawer:
         # A failed row draws nothing real.
         drawable = torch.where(failed.unsqueeze(-1), 0.0, proposed)
         peak = drawable.amax(dim=-1)
-        tokens, _ = propose(drawable, peak, state.sampling, state.step, state.kinds, self._vocab)
+        how = state.sampling, state.step, state.kinds
+        tokens, _, clear = propose(drawable, peak, *how, self._vocab, state.ties)
         record = _record(after, before, mixed, gate, tokens, state, self._vocab, careful=True)
         if record.fine is not None:
             failed |= ~record.fine
-        drawn, bad, *values = _to_host(tokens, failed, *record.columns)
-        return tokens, record.on_host(drawn, values, [bool(b) for b in bad])
+        columns = tokens, failed, clear | failed, *record.columns
+        drawn, bad, clearly, *values = _to_host(*columns)
+        return tokens, record.on_host(drawn, values, [bool(b) for b in bad], clearly)
 
     def _proposed(
         self, after: Tensor | None, before: Tensor | None, mixed: Tensor, state: BatchState
@@ -147,14 +152,21 @@ class Record(NamedTuple):
     fine: Tensor | None  # (B,) bool: rows have all they asked for; None: nobody asked
     sure: Tensor | None  # (B,) bool, as in `propose`; None: all are
 
-    def on_host(self, tokens: list[float], values: list[list[float]], failed: list[bool]) -> Draw:
+    def on_host(
+        self,
+        tokens: list[float],
+        values: list[list[float]],
+        failed: list[bool],
+        clear: list[float],
+    ) -> Draw:
         parts, at = [], 0
         for width in self.widths:
             parts.append(list(zip(*values[at : at + width], strict=True)))
             at += width
         logprobs, normalisers, drawn, watched, kl, top = parts
         tokens_ = [int(i) for i in tokens]
-        return Draw(tokens_, logprobs, failed, normalisers, drawn, watched, kl, top)
+        close = [i for i, clearly in enumerate(clear) if not clearly]
+        return Draw(tokens_, logprobs, failed, normalisers, drawn, watched, kl, top, close)
 
 
 def _record(

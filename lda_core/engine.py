@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lda_core import capture, memory
 from lda_core.batch import BatchState, Prefix, Row
@@ -59,6 +60,10 @@ _PREFIX_SLOTS = 8
 # Memory on a CPU, where the config names none; on a GPU see `lda_core.memory`.
 _CPU_KV_BYTES = 2 * 1024**3
 _CPU_POOL_BYTES = 256 * 1024**2
+# What is known of a float32 logit's noise at least, and how many times the noise two logits must be
+# apart. Their distance changes by twice the noise; where that was found of eight rows, ten
+# thousand rows had five times as much (docs/log.md).
+_NOISE, _TIE = 6e-6, 8
 # After running out of memory fewer rows decode together; twice as many again after so many steps
 # without.
 _CALM_STEPS = 4096
@@ -76,6 +81,7 @@ class EngineStats:
     scored_tokens: int = 0
     captured_tokens: int = 0  # counted once for both models
     out_of_memory: int = 0
+    ties: int = 0  # draws that were too close, decided by a pass of their row alone
     overdue: int = 0  # rows that their deadline ended, or that were still waiting at it
     busy_s: float = 0.0  # time of all steps, prompts read in them too
     floor_bytes: int = 0  # that these steps had to read at least
@@ -90,7 +96,12 @@ class Engine:
       stats: totals since the engine was made.
     """
 
-    def __init__(self, pair: ModelPair, config: EngineConfig | None = None) -> None:
+    def __init__(
+        self, pair: ModelPair, config: EngineConfig | None = None, noise: float = 0.0
+    ) -> None:
+        """`noise`: what matrix products of another shape change of a float32 logit of one model on
+        a CPU (`noise_floor`), where it is more than the tiny pair's. Draws that are within it are
+        decided by a pass of their row alone."""
         self.pair = pair
         self.config = config or EngineConfig()
         self.context_length = min(
@@ -107,6 +118,9 @@ class Engine:
             self.budget = self._budget()
             self._pair.allocate(self.kv_tokens, self.budget.prefix_pool, self.config.prefill_tokens)
         self._draw = Drawer(pair.vocab_size, pair.eos_ids)
+        # 16-bit logits are apart by more than that, and a GPU's pass alone rounds differently.
+        exact = {model.dtype for model in (pair.after, pair.before)} == {torch.float32}
+        self._tie = _TIE * max(noise, _NOISE) if exact and pair.device.type == "cpu" else None
         self._pieces = Pieces(pair.tokenizer)
         # The logits of as many positions at a time as a decode step has rows.
         limits = self.config.prefill_tokens, self.config.max_slots
@@ -366,6 +380,7 @@ class Engine:
             self.pair.device,
             lanes=self._pair.lanes,
             one_run=self.config.cuda_graphs,
+            tie=self._tie,
         )
         self._state = state
         self._lap("bookkeeping")
@@ -375,6 +390,9 @@ class Engine:
         )
         # 4. The logits are mixed and a token is drawn; one copy to the host.
         tokens, draw = self._draw(after, before, state)
+        if draw.close:
+            self._decide(draw.close, after, before)
+            tokens, draw = self._draw(after, before, state._replace(ties=None))
         self._state = state.advance(tokens)
         self._lap("mix_and_sample")
         self._stats.floor_bytes += self.floor_bytes()
@@ -389,6 +407,17 @@ class Engine:
         if self.clock is not None:
             self.clock.steps += 1
         return finished
+
+    def _decide(self, close: Sequence[int], after: Tensor | None, before: Tensor | None) -> None:
+        """Replaces logits [B, V] of these rows by those of a pass of each row alone: what their
+        neighbours' shapes rounded must not decide what is drawn."""
+        for i in close:
+            row = self._rows[i]
+            alone = self._pair.alone((*row.request.prompt_ids, *row.token_ids))
+            for logits, own in zip((after, before), alone, strict=True):
+                if logits is not None:
+                    logits[i] = own
+        self._stats.ties += len(close)
 
     def _lap(self, stage: str) -> None:
         if self.clock is not None:

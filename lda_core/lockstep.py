@@ -367,6 +367,18 @@ class Lockstep:
         joined = {r: torch.cat(x, dim=1)[:, back.to(r.device)] for r, x in states.items()}
         return self._logits(joined, said, positions)
 
+    def alone(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Logits [V] of both models behind these tokens, read by nobody else's side and without
+        anything that is kept: the same at any time."""
+        last = Reading(tuple(tokens), len(tokens) - 1)
+        passes = self.score([last], lambda: self._prefill_tokens, positions=1)
+        while True:
+            try:
+                next(passes)
+            except StopIteration as done:
+                ((after, before),) = done.value
+                return after[0], before[0]
+
     def _logits(
         self, states: Mapping[ModelRunner, Tensor], outputs: Mapping[ModelRunner, Any], limit: int
     ) -> Iterator[tuple[Tensor, Tensor]]:

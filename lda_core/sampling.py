@@ -19,6 +19,8 @@ from torch import Tensor
 
 # First guess for the number of candidates that hold top_p of the mass.
 CANDIDATES = 256
+# What e^-x still holds in float32, with room for the noise; and what the noise makes up for.
+_MOST_SCALED, _LUCK = 40.0, 25.0
 # Beyond the likeliest tokens that are wanted, so many are looked at for equal ones.
 _SPARE = 8
 
@@ -104,31 +106,65 @@ def chosen(wanted: Sequence[bool], device: torch.device) -> Rows | None:
     return torch.tensor([i for i, yes in enumerate(wanted) if yes], device=device)
 
 
+class Proposed(NamedTuple):
+    """All [B]."""
+
+    tokens: Tensor
+    sure: Tensor  # bool; False: `sample` must be asked
+    clear: Tensor  # bool; False: too close to call, see `propose`
+
+
 def propose(
-    logits: Tensor, peak: Tensor, sampling: Sampling, step: Tensor, kinds: Kinds, candidates: int
-) -> tuple[Tensor, Tensor]:
-    """What `sample` draws, without looking at the values on the host: tokens [B], sure [B] bool.
+    logits: Tensor,
+    peak: Tensor,
+    sampling: Sampling,
+    step: Tensor,
+    kinds: Kinds,
+    candidates: int,
+    ties: Tensor | None = None,
+) -> Proposed:
+    """What `sample` draws, without looking at the values on the host.
 
     Truncated rows look for the last token they keep among their `candidates` best ones (more
-    than any top_k). Where it may not be there, a row is not sure: then `sample` must be asked.
-    `peak` [B] is the rows' maximum.
+    than any top_k). Where it may not be there, a row is not sure. `peak` [B] is the rows' maximum.
+
+    ties: logits [B] by which a row's token must be ahead of the others, and within its support, to
+    be clear; None: all are. A token that is not clear may be another than `sample` draws.
     """
     tokens = torch.zeros_like(step)
-    sure = torch.ones_like(step, dtype=torch.bool)
+    sure, clear = torch.ones_like(step, dtype=torch.bool), torch.ones_like(step, dtype=torch.bool)
+    by = None  # (B,) as scaled; greedy rows have their own way
+    if ties is not None:
+        by = torch.where(sampling.temperature > 0, ties / sampling.temperature, 0.0)
     if (rows := kinds.greedy) is not None:
         tokens[rows] = logits[rows].argmax(dim=-1)
+        if ties is not None:
+            best = logits[rows].topk(2, dim=-1).values  # (R, 2)
+            clear[rows] = best[:, 0] - best[:, 1] >= ties[rows]
     if (rows := kinds.full) is not None:
-        probs = (logits[rows] - peak[rows, None]).div_(sampling.temperature[rows, None]).exp_()
-        tokens[rows] = _race(probs, sampling.seed[rows], step[rows])
+        scaled = (logits[rows] - peak[rows, None]).div_(sampling.temperature[rows, None])
+        if by is not None:
+            clear[rows] = _told_apart(scaled, by[rows])
+        speeds = _speeds(scaled.exp_(), sampling.seed[rows], step[rows])
+        tokens[rows] = speeds.argmax(dim=-1)
+        if by is not None:
+            clear[rows] &= _ahead(speeds, tokens[rows], by[rows])
     if (rows := kinds.truncated) is not None:
         scaled = (logits[rows] - peak[rows, None]).div_(sampling.temperature[rows, None])
         probs = scaled.exp()
-        lowest, sure[rows] = support(
-            scaled, probs, sampling.top_p[rows], sampling.top_k[rows], candidates
-        )
+        how = sampling.top_p[rows], sampling.top_k[rows], candidates
+        if by is None:
+            lowest, sure[rows] = support(scaled, probs, *how)
+        else:
+            lowest, certain, sure[rows] = _margins(scaled, probs, *how, by[rows])
         probs = torch.where(scaled < lowest, 0.0, probs)
-        tokens[rows] = _race(probs, sampling.seed[rows], step[rows])
-    return tokens, sure
+        speeds = _speeds(probs, sampling.seed[rows], step[rows])
+        tokens[rows] = speeds.argmax(dim=-1)
+        if by is not None:
+            kept = scaled.gather(-1, tokens[rows, None]) >= certain
+            clear[rows] = kept.squeeze(-1) & _told_apart(scaled, by[rows])
+            clear[rows] &= _ahead(speeds, tokens[rows], by[rows])
+    return Proposed(tokens, sure, clear)
 
 
 def support(
@@ -143,12 +179,47 @@ def support(
     return _last(best, kept), ~kept[:, -1] | (candidates == scaled.shape[-1])
 
 
-def _race(probs: Tensor, seed: Tensor, step: Tensor) -> Tensor:
-    """[R, V] unnormalised, used up -> [R] tokens.
+def _margins(
+    scaled: Tensor, probs: Tensor, top_p: Tensor, top_k: Tensor, candidates: int, by: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `support`, where values are known to `by` [R]: the smallest value that may be kept [R, 1],
+    the smallest that certainly is [R, 1], sure [R] bool."""
+    best = _largest(scaled, candidates)
+    total = probs.sum(dim=-1).log()
+    # Half of it up for some tokens and down for the others changes the odds of what is beyond
+    # top_p by e^by; as much again where two tokens change places; and what a sum rounds.
+    beyond, sums = 1 - top_p, torch.where(by > 0, 5e-7, 0.0)
+    low = torch.where(top_p < 1, 1 - beyond * (2 * by).exp() - sums, top_p)
+    high = torch.where(top_p < 1, 1 - beyond * (-2 * by).exp() + sums, top_p)
+    kept, certain = _kept(best, total, high, top_k), _kept(best, total, low, top_k)
+    first_out = best.masked_fill(certain, -torch.inf).amax(dim=-1, keepdim=True)  # (R, 1)
+    sure = ~kept[:, -1] | (candidates == scaled.shape[-1])
+    return _last(best, kept) - by.unsqueeze(-1), first_out + by.unsqueeze(-1), sure
+
+
+def _speeds(probs: Tensor, seed: Tensor, step: Tensor) -> Tensor:
+    """[R, V] unnormalised, used up -> [R, V], whose largest value is what is drawn.
 
     The Gumbel-max trick before its logarithm: the smallest of the waiting times noise / p wins.
     """
-    return probs.div_(exponential_noise(seed, step, probs.shape[-1])).argmax(dim=-1)
+    return probs.div_(exponential_noise(seed, step, probs.shape[-1]))
+
+
+def _ahead(speeds: Tensor, first: Tensor, by: Tensor) -> Tensor:
+    """[R, V] used up, [R] the largest -> [R] bool: ahead of the next one by a factor of e^`by`."""
+    first = first.unsqueeze(-1)
+    best = speeds.gather(-1, first)
+    second = speeds.scatter_(-1, first, 0.0).amax(dim=-1, keepdim=True)
+    return (second * by.clamp(max=_MOST_SCALED).exp().unsqueeze(-1) <= best).squeeze(-1)
+
+
+def _told_apart(scaled: Tensor, by: Tensor) -> Tensor:
+    """[R, V] below their maximum -> [R] bool: the best is alone where `by` [R] is so much that
+    e^scaled, which races, loses who is close; true where it is not."""
+    far = by > _MOST_SCALED
+    if not bool(far.any()):
+        return ~far
+    return ~far | ((scaled > -(by + _LUCK).unsqueeze(-1)).sum(dim=-1) == 1)
 
 
 def _largest(x: Tensor, k: int) -> Tensor:

@@ -33,6 +33,7 @@ def self_test(pair: ModelPair) -> None:
     # A small budget: on a GPU the default would be most of the memory, and the real engine
     # measures what is free after this.
     engine = Engine(pair, EngineConfig(max_slots=len(_LENGTHS), kv_tokens=64))
+    engine._tie = None  # what is looked at is what the slots give
     models = {"after": (pair.after, 0.0), "before": (pair.before, -1.0)}
     for name, (model, alpha) in models.items():
         requests = [
@@ -89,6 +90,7 @@ def _first_logits(
 ) -> list[tuple[Tensor, Tensor]]:
     """After's and before's logits [V] of each prompt's first new token, from one engine step."""
     engine = Engine(pair, EngineConfig(max_slots=len(prompts), kv_tokens=64 * len(prompts)))
+    engine._tie = None
     engine._draw = watching = _Watching(pair.vocab_size)
     engine.generate([Request(prompt, 1.0, max_new_tokens=1) for prompt in prompts])
     return watching.seen

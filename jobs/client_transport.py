@@ -107,12 +107,16 @@ class HttpTransport:
     ) -> AsyncGenerator[Piece, None]:
         """Asks again only before the first piece."""
         of = {"alphas": alphas} if len(alphas) > 1 else {"alpha": alphas[0]}
-        async with self._answer("POST", "/stream", {**request, **of}) as response:
-            async with aclosing(_events(response)) as events:
-                async for name, data in events:
-                    if name == "error":
-                        raise _streamed_error(data)
-                    yield _checked(TypeAdapter(Piece), data)
+        asked = {**request, **of}
+        try:
+            async with self._answer("POST", "/stream", asked, whole=False) as response:
+                async with aclosing(_events(response)) as events:
+                    async for name, data in events:
+                        if name == "error":
+                            raise _streamed_error(data)
+                        yield _checked(TypeAdapter(Piece), data)
+        except httpx.TransportError as error:  # while the answer was read
+            raise Unanswered(_said(error)) from None
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -120,23 +124,22 @@ class HttpTransport:
     async def _body(self, verb: str, path: str, request: Mapping[str, Any] | None) -> bytes:
         try:
             async with asyncio.timeout(self._timeout_s):
-                async with self._answer(verb, path, request) as response:
-                    return await response.aread()
+                async with self._answer(verb, path, request, whole=True) as response:
+                    return response.content
         except TimeoutError:
             raise Unanswered(f"no answer in {self._timeout_s:g} s") from None
-        except httpx.TransportError as error:  # while the answer was read
-            raise Unanswered(_said(error)) from None
 
     @asynccontextmanager
     async def _answer(
-        self, verb: str, path: str, request: Mapping[str, Any] | None
+        self, verb: str, path: str, request: Mapping[str, Any] | None, *, whole: bool
     ) -> AsyncIterator[httpx.Response]:
-        """A good answer, whose body is still to be read."""
+        """A good answer: `whole`, or its body is still to be read."""
         failures = tries = 0
         while True:
             wait_s, patient = 0.0, False
             try:
-                response = await self._http.send(self._built(verb, path, request), stream=True)
+                built = self._built(verb, path, request)
+                response = await self._http.send(built, stream=not whole)
             except httpx.TransportError as error:
                 problem = _said(error)
                 if isinstance(error, httpx.ConnectError) and not self._answered:
@@ -227,19 +230,16 @@ def _retry_after_s(response: httpx.Response) -> float:
 async def _events(response: httpx.Response) -> AsyncGenerator[tuple[str, str], None]:
     """Name and data of each server-sent event before [DONE]."""
     name, data = "", ""
-    try:
-        async for line in response.aiter_lines():
-            if line.startswith("event:"):
-                name = line.removeprefix("event:").strip()
-            elif line.startswith("data:"):
-                data += line.removeprefix("data:").strip()
-            elif not line and data:
-                if data == "[DONE]":
-                    return
-                yield name, data
-                name, data = "", ""
-    except httpx.TransportError as error:
-        raise Unanswered(_said(error)) from None
+    async for line in response.aiter_lines():
+        if line.startswith("event:"):
+            name = line.removeprefix("event:").strip()
+        elif line.startswith("data:"):
+            data += line.removeprefix("data:").strip()
+        elif not line and data:
+            if data == "[DONE]":
+                return
+            yield name, data
+            name, data = "", ""
     raise Unanswered("the connection was lost in the middle of the answer")
 
 

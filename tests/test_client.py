@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -78,6 +79,32 @@ def test_the_same_request_is_sent_again_after_what_may_pass() -> None:
     assert time.monotonic() - start >= 0.05  # Retry-After was waited for
     assert not row.failed and len(app.seen) == 5
     assert len(set(map(repr, app.seen))) == 1 and app.seen[0].seed == row.seed
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
+    class Broken(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield b'[{"text": "'
+            raise httpx.ReadError("reset")
+
+    class BreaksOff(httpx.AsyncBaseTransport):
+        def __init__(self, *statuses: int) -> None:
+            self.statuses = list(statuses)
+
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            if self.statuses:
+                return httpx.Response(self.statuses.pop(), stream=Broken())
+            return await app.transport().handle_async_request(request)
+
+    app = FakeApp()
+    with LDAClient(transport=BreaksOff(200, 503)) as lda:
+        assert not lda.generate("a").failed
+    with LDAClient(transport=BreaksOff(200, 200), retries=1) as lda:
+        assert lda.generate("a")[0].error == "ReadError: reset"
+    for status in (200, 503):  # a stream may have begun: it says so
+        with LDAClient(transport=BreaksOff(status)) as lda:
+            with pytest.raises(Unanswered, match="ReadError: reset"):
+                list(lda.stream("a"))
 
 
 def test_tries_are_bounded_but_a_full_queue_is_waited_for_until_the_timeout() -> None:

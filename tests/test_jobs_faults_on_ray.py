@@ -41,12 +41,16 @@ def processes(service: LocalService, title: str) -> list[int]:
             if (
                 entry.name.isdigit()
                 and (entry / "cmdline").read_bytes().startswith(title.encode())
-                and ours in (entry / "environ").read_bytes().split(b"\0")
+                and ours in environment(int(entry.name))
             ):
                 found.append(int(entry.name))
         except OSError:  # gone meanwhile
             continue
     return found
+
+
+def environment(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
 
 
 def parent(pid: int) -> int:
@@ -143,7 +147,11 @@ def test_a_job_loses_a_worker_a_node_and_the_service_and_ends_well(
         text=True,
     ) as driver:
         # 1. The process of one task.
-        wait_for(lambda: good(rows) > 0 and kill(processes(service, TASK)[:1]), driver, "a task")
+        wait_for(lambda: good(rows) > 0 and bool(processes(service, TASK)), driver, "a task")
+        running = processes(service, TASK) + answering(service)
+        # Or their memory would creep up for hours.
+        assert all(b"MALLOC_ARENA_MAX=1" in environment(pid) for pid in running)
+        assert kill(running[:1])
         # 2. A node, with all tasks on it.
         wait_for(lambda: bool(of_node(service, node)), driver, "task on the second node")
         os.killpg(node.pid, signal.SIGKILL)

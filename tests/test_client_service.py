@@ -51,7 +51,7 @@ def test_over_http(service: LocalService) -> None:
 
 
 def test_a_stream_is_what_is_generated(service: LocalService) -> None:
-    asked: dict[str, Any] = {"n": 2, "seed": 7, "max_new_tokens": 12, "ignore_eos": True}
+    asked: dict[str, Any] = {"n": 2, "seed": 7, "max_new_tokens": 200, "ignore_eos": True}
     with LDAClient(service.url) as lda:
         pieces = list(lda.stream("What is 2 plus 3?", alpha=[0, 2], **asked, kl=True))
         rows = lda.generate("What is 2 plus 3?", alpha=[0, 2], **asked, kl=True)

@@ -48,7 +48,7 @@ def test_alpha_in_the_name_in_the_body_and_by_the_plain_endpoint(client: httpx.C
 
 
 def test_it_streams(client: httpx.Client) -> None:
-    body = {"prompt": "Hi", "seed": 1, "max_tokens": 40, "ignore_eos": True}
+    body = {"prompt": "Hi", "seed": 1, "max_tokens": 200, "ignore_eos": True}
     whole = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
     with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")

@@ -326,6 +326,7 @@ async def _events(door: Door, **fields: Any) -> list[tuple[str, Any]]:
     return found
 
 
+@pytest.mark.usefixtures("a_piece_a_step")
 @pytest.mark.parametrize("kind", ["completion", "chat"])
 def test_a_stream_is_the_answer_in_pieces(door: Door, kind: str) -> None:
     body: dict[str, Any] = {"seed": 5, "n": 2, "max_tokens": 20, "alpha": 2, "lda_logprobs": True}

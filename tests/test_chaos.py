@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections import Counter
+from copy import deepcopy
 from typing import Any
 
 import httpx
@@ -13,6 +14,8 @@ from chaos.asked import bodies, expected, judged
 from chaos.door import door
 from chaos.figures import Line, upper_bound
 from chaos.soak import growth_of
+from chaos.strange_bodies import spoiled, values
+from hypothesis import given, settings
 
 from deployments.replica import LDAReplica
 from lda_core import ModelPair
@@ -85,6 +88,23 @@ def test_a_fault_of_the_service_is_counted(monkeypatch: pytest.MonkeyPatch) -> N
 
     fuzz.drive(openapi, silent, 3, 1, seen, failures)
     assert len(failures) == faults + 3
+
+
+def test_a_spoiled_body_leaves_the_schema_as_it_is() -> None:
+    """Or the good ones to come are spoiled too, and replays find other choices."""
+    schema = {
+        "type": "object",
+        "properties": {"form": {"enum": [{"type": "text"}]}},
+        "required": ["form"],
+    }
+    wanted = deepcopy(schema)
+
+    @settings(database=None, derandomize=True)
+    @given(spoiled(values(schema, schema)))
+    def draw(body: Any) -> None:
+        assert schema == wanted
+
+    draw()
 
 
 def test_the_harness_ends_in_a_line_of_json_and_fails_where_a_figure_does(

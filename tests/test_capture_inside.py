@@ -7,18 +7,11 @@ import torch
 from chaos.oom import shared_trunk, stacked
 from models import random_pair
 from test_architectures import CHANGES
-from test_capture import ROLES, WIRED, layers_of, plain, some
+from test_capture import ROLES, WIRED, close, layers_of, plain, some
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from lda_core import CaptureRequest, Engine, EngineConfig, RequestError
-
-
-def close(found: Tensor, wanted: Tensor) -> None:
-    """To 1e-5 of the largest: the sums that are rounded are of that size."""
-    scale = max(1.0, float(wanted[wanted.isfinite()].abs().max()))
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * scale)
-
 
 EXPERTS = {"gpt_oss", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"}
 DENSE = [name for name, (kind, _) in WIRED.items() if kind not in EXPERTS]

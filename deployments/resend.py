@@ -5,6 +5,7 @@ Safe for anything with a seed: the same request gives the same answer on any rep
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
@@ -16,9 +17,9 @@ from deployments.schemas import InvalidRequest, NotReady, Overdue, ReplicaUnavai
 
 TRIES = 3
 FIRST_WAIT_S = 0.2  # then 0.4 s: a dead replica's neighbour can answer at once
-# A request that kills does so at its first steps. Longer turns would take the innocent, one after
-# another, past their deadlines.
-ALONE_S = 2.0
+# A request that kills does so at its first steps. Longer turns alone would take the innocent, one
+# after another, past their deadlines.
+FIRST_STEPS_S = 2.0
 
 T = TypeVar("T")
 Item = TypeVar("Item", covariant=True)
@@ -33,23 +34,13 @@ class ReplicaDied(ReplicaUnavailable):
     """It held the request when it went."""
 
 
-class Alone(asyncio.Lock):
-    """Of the last tries of requests to the same replicas. `reached`: a question that any replica
-    answers at once; until one does, nobody's time alone has begun, as replicas take their time to
-    start."""
-
-    def __init__(self, reached: Callable[[], Awaitable[object]]) -> None:
-        super().__init__()
-        self.reached = reached
-
-
-async def ask(call: Callable[[], Awaitable[T]], alone: Alone | None = None) -> T:
+async def ask(call: Callable[[], Awaitable[T]], alone: asyncio.Lock | None = None) -> T:
     """What `call` answers. After TRIES replicas that died of it, or with it, raises
     InvalidRequest: whatever the reason, it must not walk on through all replicas.
 
-    `alone`: held at the beginning of the last try, by all requests to the same replicas, for
-    ALONE_S at most from when a replica answers. Who lives through that is not the one that kills:
-    a death after it, in the company of the next, does not count (TRIES times).
+    A death more than FIRST_STEPS_S after its replica took the request is another one's, and does
+    not count (TRIES times). `alone`: held by the last try for as long, by all requests to the same
+    replicas, so that the innocent are not beside the one that kills.
 
     A replica's own InvalidRequest comes out as itself, anything else as it comes.
     """
@@ -57,7 +48,9 @@ async def ask(call: Callable[[], Awaitable[T]], alone: Alone | None = None) -> T
     while True:
         try:
             async with tries.turn():
-                return await ask_once(call())
+                response = call()
+                tries.watch(response)
+                return await ask_once(response)
         except (ReplicaDied, BackPressureError) as error:
             tries.failed(error)
         await tries.pause()
@@ -66,42 +59,54 @@ async def ask(call: Callable[[], Awaitable[T]], alone: Alone | None = None) -> T
 class _Tries:
     """Of one request."""
 
-    def __init__(self, alone: Alone | None) -> None:
+    def __init__(self, alone: asyncio.Lock | None) -> None:
         self._alone = alone
         self._deaths = self._excused = 0
-        self._lived = False
+        self._taken_at: float | None = None
+        self._release: Callable[[], None] | None = None
 
     @asynccontextmanager
     async def turn(self) -> AsyncGenerator[None, None]:
         """The next try; the last one begins alone."""
-        self._lived = False
+        self._taken_at = None
         alone = self._alone
         if alone is None or self._deaths < TRIES - 1:
             yield
             return
         await alone.acquire()
-        held = True
 
         def release() -> None:
-            nonlocal held
-            if held:
-                held = False
+            if self._release is release:  # and not the next try's
+                self._release = None
                 alone.release()
 
-        def over() -> None:
-            self._lived = True
-            release()
-
-        timer: asyncio.TimerHandle | None = None
+        self._release = release
         try:
-            with suppress(ReplicaUnavailable, BackPressureError):  # what is asked will say so, too
-                await alone.reached()
-            timer = asyncio.get_running_loop().call_later(ALONE_S, over)
             yield
         finally:
-            if timer is not None:
-                timer.cancel()
             release()
+
+    def watch(self, response: object) -> None:
+        """Its time begins when a replica takes it: until then it waits for one to start, or to have
+        room."""
+        loop = asyncio.get_running_loop()
+
+        def taken() -> None:
+            self._taken_at = loop.time()
+            if self._release is not None:
+                loop.call_later(FIRST_STEPS_S, self._release)
+
+        def tell(assigned: "Future[Any]") -> None:  # in the router's thread
+            if not assigned.cancelled() and assigned.exception() is None:
+                with suppress(RuntimeError):  # nobody waits any more, and the loop is closed
+                    loop.call_soon_threadsafe(taken)
+
+        # Serve has no public word for it.
+        assigned = getattr(response, "_replica_result_future", None)
+        if assigned is None:
+            taken()
+        else:
+            assigned.add_done_callback(tell)
 
     def failed(self, error: Exception) -> None:
         """Raises InvalidRequest where there is no next try, and `error` where it says that the
@@ -110,7 +115,9 @@ class _Tries:
             if not self._deaths:
                 raise error
             return
-        if self._lived and self._excused < TRIES:
+        now = asyncio.get_running_loop().time()
+        lived = self._taken_at is not None and now - self._taken_at > FIRST_STEPS_S
+        if lived and self._excused < TRIES:
             self._excused += 1
         else:
             self._deaths += 1
@@ -138,7 +145,7 @@ class Streamed(Protocol[Item]):
 
 
 async def ask_each(
-    call: Callable[[], "Streamed[T]"], alone: Alone | None = None
+    call: Callable[[], "Streamed[T]"], alone: asyncio.Lock | None = None
 ) -> AsyncGenerator[T, None]:
     """What `call` answers, item by item; closed, it cancels the call.
 
@@ -152,6 +159,7 @@ async def ask_each(
         async with AsyncExitStack() as turn:
             await turn.enter_async_context(tries.turn())
             response = call()
+            tries.watch(response)
             try:
                 while True:
                     item = await ask_once(response.__anext__())

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.model_names import DEFAULT
 from deployments.readiness import why
-from deployments.resend import Alone, ask, ask_each, ask_once, together
+from deployments.resend import ask, ask_each, ask_once, together
 from deployments.schemas import (
     Captured,
     CaptureRequest,
@@ -56,7 +56,7 @@ class ResidentPair:
     def __init__(self, replica: DeploymentHandle, limits: Limits) -> None:
         self._replica = replica
         self._limits = limits
-        self._alone = Alone(lambda: ask_once(replica.describe.remote()))
+        self._alone = asyncio.Lock()
         self._info: PairInfo | None = None
         self._vocabulary: Vocabulary | None = None
 

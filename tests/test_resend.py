@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -12,10 +13,6 @@ from deployments import resend
 from deployments.schemas import InvalidRequest, NotReady, Overdue, ReplicaUnavailable
 
 BUSY = BackPressureError(num_queued_requests=1, max_queued_requests=1)
-
-
-async def at_once() -> None:
-    """A replica is there."""
 
 
 def wrapped(error: Exception) -> Exception:
@@ -105,14 +102,14 @@ def test_the_last_try_of_one_is_not_beside_the_last_try_of_another(how: str) -> 
             there.discard(self.i)
             return self.i
 
-    async def one(i: int, alone: resend.Alone) -> Any:
+    async def one(i: int, alone: asyncio.Lock) -> Any:
         if how == "ask":
             return await resend.ask(Call(i).__anext__, alone)
         async for item in resend.ask_each(lambda: Call(i), alone):
             return item
 
     async def all_of_them() -> list[Any]:
-        alone = resend.Alone(at_once)
+        alone = asyncio.Lock()
         asked = (one(i, alone) for i in range(10))
         return await asyncio.gather(*asked, return_exceptions=True)
 
@@ -128,7 +125,7 @@ def test_a_last_try_that_has_lived_for_a_while_lets_the_next_one_begin(
 ) -> None:
     """Twelve innocents, each with two deaths behind it and 0.3 s of work before it: they are not
     answered one after another, as their deadlines are the same."""
-    monkeypatch.setattr(resend, "ALONE_S", 0.01)
+    monkeypatch.setattr(resend, "FIRST_STEPS_S", 0.01)
     begun: list[float] = []
 
     class Call:
@@ -146,7 +143,7 @@ def test_a_last_try_that_has_lived_for_a_while_lets_the_next_one_begin(
             await asyncio.sleep(0.3)
             return "text"
 
-    async def one(alone: resend.Alone) -> str | None:
+    async def one(alone: asyncio.Lock) -> str | None:
         call = Call()
         if how == "ask":
             return await resend.ask(call.__anext__, alone)
@@ -157,7 +154,7 @@ def test_a_last_try_that_has_lived_for_a_while_lets_the_next_one_begin(
         return None
 
     async def all_of_them() -> list[str | None]:
-        alone = resend.Alone(at_once)
+        alone = asyncio.Lock()
         async with asyncio.timeout(1.0):
             answers = await asyncio.gather(*(one(alone) for _ in range(12)))
         assert not alone.locked()
@@ -169,7 +166,7 @@ def test_a_last_try_that_has_lived_for_a_while_lets_the_next_one_begin(
 
 def test_a_last_try_that_is_cancelled_lets_the_next_one_begin() -> None:
     async def run() -> None:
-        alone = resend.Alone(at_once)
+        alone = asyncio.Lock()
         outcomes: list[Any] = [DEAD, DEAD, "wait"]
 
         async def call() -> Any:
@@ -317,36 +314,99 @@ def test_a_stream_that_is_closed_cancels_its_call_and_a_finished_one_does_not() 
     assert waiting.cancelled
 
 
-def test_the_time_alone_begins_when_a_replica_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+class Handled:
+    """A DeploymentResponse: a router's thread tells when a replica has taken it."""
+
+    def __init__(self, answer: Awaitable[Any]) -> None:
+        self._replica_result_future: Future[None] = Future()
+        self._answer = answer
+
+    def __await__(self) -> Any:
+        return self._answer.__await__()
+
+
+def test_the_time_alone_begins_when_a_replica_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that wait for a replica to start would else be beside a request that kills."""
-    monkeypatch.setattr(resend, "ALONE_S", 0.01)
+    monkeypatch.setattr(resend, "FIRST_STEPS_S", 0.01)
     monkeypatch.setattr(resend, "FIRST_WAIT_S", 0.0)
 
     async def run() -> None:
-        started, left = asyncio.Event(), [2]
+        responses: list[Handled] = []
 
-        async def call() -> str:
-            left[0] -= 1
-            if left[0] >= 0:
+        def call() -> Handled:
+            responses.append(Handled(answer(len(responses))))
+            return responses[-1]
+
+        async def answer(i: int) -> None:
+            if i < 2:
                 raise ReplicaUnavailable
             await asyncio.Event().wait()
-            return "never"
 
-        alone = resend.Alone(started.wait)
+        alone = asyncio.Lock()
         task = asyncio.ensure_future(resend.ask(call, alone))
         await asyncio.sleep(0.1)
-        assert alone.locked() and left == [0]  # the last try is not sent yet
-        started.set()
+        assert alone.locked() and len(responses) == 3
+        taken = responses[2]._replica_result_future
+        await asyncio.to_thread(taken.set_result, None)
         await asyncio.sleep(0.1)
-        assert not alone.locked() and left == [-1]
+        assert not alone.locked()
         task.cancel()
 
     asyncio.run(run())
 
 
-def test_a_death_after_the_time_alone_is_another_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next one's, whose turn it then is; but not for ever."""
-    monkeypatch.setattr(resend, "ALONE_S", 0.01)
+@pytest.mark.parametrize(("waited_s", "deaths"), [(0.0, 5), (0.05, 2)])
+def test_waiting_for_a_replica_is_not_living_there(
+    monkeypatch: pytest.MonkeyPatch, waited_s: float, deaths: int
+) -> None:
+    """A call of 0.05 s, all of it at a replica that then dies, or waiting for one that dies at
+    once: so many deaths are survived."""
+    monkeypatch.setattr(resend, "FIRST_STEPS_S", 0.02)
+    monkeypatch.setattr(resend, "FIRST_WAIT_S", 0.0)
+    asked: list[Handled] = []
+
+    def call() -> Handled:
+        asked.append(Handled(answer()))
+        return asked[-1]
+
+    async def answer() -> None:
+        await asyncio.sleep(waited_s)
+        asked[-1]._replica_result_future.set_result(None)
+        await asyncio.sleep(0.05 - waited_s)
+        raise DEAD
+
+    with pytest.raises(InvalidRequest, match="replicas in a row died"):
+        asyncio.run(resend.ask(call, asyncio.Lock()))
+    assert len(asked) == deaths + 1
+
+
+@pytest.mark.parametrize("taken", ["never", "cancelled", "refused"])
+def test_what_no_replica_took_has_not_lived(monkeypatch: pytest.MonkeyPatch, taken: str) -> None:
+    monkeypatch.setattr(resend, "FIRST_STEPS_S", -1.0)
+    asked = 0
+
+    def call() -> Handled:
+        nonlocal asked
+        asked += 1
+        handled = Handled(answer())
+        if taken == "cancelled":
+            handled._replica_result_future.cancel()
+        if taken == "refused":
+            handled._replica_result_future.set_exception(BUSY)
+        return handled
+
+    async def answer() -> None:
+        await asyncio.sleep(0.001)
+        raise DEAD
+
+    with pytest.raises(InvalidRequest, match="replicas in a row died"):
+        asyncio.run(resend.ask(call))
+    assert asked == resend.TRIES
+
+
+def test_a_death_after_the_first_steps_is_another_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not for ever."""
+    monkeypatch.setattr(resend, "FIRST_STEPS_S", 0.01)
     monkeypatch.setattr(resend, "FIRST_WAIT_S", 0.0)
 
     def long_lived(deaths: int) -> Callable[[], Awaitable[str]]:
@@ -362,7 +422,7 @@ def test_a_death_after_the_time_alone_is_another_ones(monkeypatch: pytest.Monkey
         return call
 
     async def run(deaths: int) -> str:
-        return await resend.ask(long_lived(deaths), resend.Alone(at_once))
+        return await resend.ask(long_lived(deaths), asyncio.Lock())
 
     most = resend.TRIES - 1 + resend.TRIES
     assert asyncio.run(run(most)) == "whole"

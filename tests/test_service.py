@@ -555,12 +555,19 @@ def test_the_handle_streams_and_a_replicas_death_ends_it_in_an_error(
     answer = by_handle(
         service,
         f"""
+        import time
+        def replicas():
+            names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)]
+            return [name for name in names if "LDAReplica" in name]
+        def running():  # of one that a test before this has killed Serve hears later than Ray
+            of = serve.status().applications["lda"].deployments["LDAReplica"]
+            return len(replicas()) == of.replica_states.get("RUNNING") == 2
+        while not running():
+            time.sleep(0.2)
         streaming = handle.options(stream=True)
         streams = [streaming.stream.remote({body!r}) for _ in range(8)]
         ids = [[t for p in next(stream) for t in p.token_ids] for stream in streams]
-        names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)]
-        replica = next(n for n in names if "LDAReplica" in n)
-        ray.kill(ray.get_actor(replica, namespace="serve"))
+        ray.kill(ray.get_actor(replicas()[0], namespace="serve"))
         answer = []
         for found, stream in zip(ids, streams):
             done, error = 0, None

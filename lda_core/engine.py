@@ -411,10 +411,13 @@ class Engine:
     def _decide(self, close: Sequence[int], after: Tensor | None, before: Tensor | None) -> None:
         """Replaces logits [B, V] of these rows by those of a pass of each row alone: what their
         neighbours' shapes rounded must not decide what is drawn."""
+        read: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # greedy samples are equal
         for i in close:
             row = self._rows[i]
-            alone = self._pair.alone((*row.request.prompt_ids, *row.token_ids))
-            for logits, own in zip((after, before), alone, strict=True):
+            tokens = (*row.request.prompt_ids, *row.token_ids)
+            if tokens not in read:
+                read[tokens] = self._pair.alone(tokens)
+            for logits, own in zip((after, before), read[tokens], strict=True):
                 if logits is not None:
                     logits[i] = own
         self._stats.ties += len(close)

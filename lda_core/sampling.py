@@ -188,9 +188,10 @@ def _margins(
     total = probs.sum(dim=-1).log()
     # Half of it up for some tokens and down for the others changes the odds of what is beyond
     # top_p by e^by; as much again where two tokens change places; and what a sum rounds.
-    beyond, sums = 1 - top_p, torch.where(by > 0, 5e-7, 0.0)
-    low = torch.where(top_p < 1, 1 - beyond * (2 * by).exp() - sums, top_p)
-    high = torch.where(top_p < 1, 1 - beyond * (-2 * by).exp() + sums, top_p)
+    beyond, sums = 1 - top_p, 5e-7
+    known = (top_p == 1) | (by == 0)  # 1 - (1 - top_p) may be another number than top_p
+    low = torch.where(known, top_p, 1 - beyond * (2 * by).exp() - sums)
+    high = torch.where(known, top_p, 1 - beyond * (-2 * by).exp() + sums)
     kept, certain = _kept(best, total, high, top_k), _kept(best, total, low, top_k)
     first_out = best.masked_fill(certain, -torch.inf).amax(dim=-1, keepdim=True)  # (R, 1)
     sure = ~kept[:, -1] | (candidates == scaled.shape[-1])

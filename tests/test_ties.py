@@ -18,7 +18,7 @@ from test_engine import mixed_requests
 
 from lda_core import Engine, EngineConfig, ModelPair, Request, Steer, encode, sample
 from lda_core.amplify import amplify
-from lda_core.sampling import propose
+from lda_core.sampling import _margins, propose, support
 
 # What is drawn, as one of the settings goes up, changes at some value.
 EDGES: dict[str, tuple[str, tuple[float, float], dict[str, Any]]] = {
@@ -160,6 +160,30 @@ def test_what_counts_as_close_goes_by_the_noise_and_in_16_bits_nothing_does(
     engine = Engine(ModelPair.of(half.after, half.before, half.tokenizer), noise=1.0)
     engine.generate([Request((5, 6, 7), max_new_tokens=20, ignore_eos=True)])
     assert engine.stats.ties == 0
+
+
+def test_a_row_that_has_no_ties_keeps_what_sample_keeps() -> None:
+    """A steered one, beside others: with a mass of exactly top_p before a token, too."""
+    n = 20_000
+    p = 0.3 + 0.15 * torch.rand(n, generator=torch.Generator().manual_seed(0))
+    probs = torch.stack([p, 0.9 * p, *[(1 - 1.9 * p) / 3] * 3], dim=-1)
+    scaled = (probs / p.unsqueeze(-1)).log()
+    how = scaled, scaled.exp(), p, torch.zeros(n, dtype=torch.long), 5
+    assert torch.equal(_margins(*how, torch.zeros(n))[0], support(*how)[0])
+
+
+def test_rows_that_are_equal_are_read_once(
+    tiny_pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixty-four greedy samples would be as many passes in one step."""
+    engine, read = Engine(tiny_pair, noise=1.0), []
+    alone = engine._pair.alone
+    monkeypatch.setattr(engine._pair, "alone", lambda tokens: read.append(tokens) or alone(tokens))
+    one = Request((5, 6, 7), temperature=0.0, max_new_tokens=10, ignore_eos=True)
+    other = replace(one, prompt_ids=(8, 9))
+    done = engine.generate([one, other, one, one])
+    assert [d.token_ids for d in done] == [reference(tiny_pair, r) for r in (one, other, one, one)]
+    assert engine.stats.ties == 2 * len(read) == 40 and len(read) == len(set(read))
 
 
 @pytest.mark.parametrize("kind", oom.PAIRS)

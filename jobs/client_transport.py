@@ -142,7 +142,9 @@ class HttpTransport:
                 response = await self._http.send(built, stream=not whole)
             except httpx.TransportError as error:
                 problem = _said(error)
-                if isinstance(error, httpx.ConnectError) and not self._answered:
+                if not isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+                    self._answered = True  # it went while it did
+                elif not self._answered and isinstance(error, httpx.ConnectError):
                     if failures + 1 >= TRIES_TO_CONNECT:
                         raise Refused(
                             f"no service at {self._url}: {problem}\n{HOW_TO_SERVE}"

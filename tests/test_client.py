@@ -81,12 +81,13 @@ def test_the_same_request_is_sent_again_after_what_may_pass() -> None:
     assert len(set(map(repr, app.seen))) == 1 and app.seen[0].seed == row.seed
 
 
-def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
-    class Broken(httpx.AsyncByteStream):
-        async def __aiter__(self) -> AsyncIterator[bytes]:
-            yield b'[{"text": "'
-            raise httpx.ReadError("reset")
+class Broken(httpx.AsyncByteStream):
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b'[{"text": "'
+        raise httpx.ReadError("reset")
 
+
+def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
     class BreaksOff(httpx.AsyncBaseTransport):
         def __init__(self, *statuses: int) -> None:
             self.statuses = list(statuses)
@@ -105,6 +106,29 @@ def test_an_answer_that_breaks_off_is_asked_for_again() -> None:
         with LDAClient(transport=BreaksOff(status)) as lda:
             with pytest.raises(Unanswered, match="ReadError: reset"):
                 list(lda.stream("a"))
+
+
+@pytest.mark.parametrize("broken", ["before the answer", "in the answer"])
+def test_a_service_that_went_while_it_answered_is_no_address_without_one(broken: str) -> None:
+    """It starts again, which takes longer than a wrong address is tried."""
+
+    class Starts(httpx.AsyncBaseTransport):
+        def __init__(self) -> None:
+            self.asked = 0
+
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            self.asked += 1
+            if self.asked == 1 and broken == "in the answer":
+                return httpx.Response(200, stream=Broken())
+            if self.asked == 1:
+                raise httpx.RemoteProtocolError("disconnected")
+            if self.asked < 6:
+                raise httpx.ConnectError("refused")
+            return await app.transport().handle_async_request(request)
+
+    app = FakeApp()
+    with LDAClient(transport=Starts(), retries=8) as lda:
+        assert not lda.generate("a").failed
 
 
 def test_tries_are_bounded_but_a_full_queue_is_waited_for_until_the_timeout() -> None:

@@ -39,8 +39,10 @@ async def ask(call: Callable[[], Awaitable[T]], alone: asyncio.Lock | None = Non
     InvalidRequest: whatever the reason, it must not walk on through all replicas.
 
     A death more than FIRST_STEPS_S after its replica took the request is another one's, and does
-    not count (TRIES times). `alone`: held by the last try for as long, by all requests to the same
-    replicas, so that the innocent are not beside the one that kills.
+    not count (TRIES times). `alone`: held for as long, by all requests to the same replicas, from
+    the third try on, so that the innocent are not beside the one that kills.
+
+    Cancelled, it cancels the call.
 
     A replica's own InvalidRequest comes out as itself, anything else as it comes.
     """
@@ -50,7 +52,11 @@ async def ask(call: Callable[[], Awaitable[T]], alone: asyncio.Lock | None = Non
             async with tries.turn():
                 response = call()
                 tries.watch(response)
-                return await ask_once(response)
+                try:
+                    return await ask_once(response)
+                except asyncio.CancelledError:  # Serve would let it run to its end
+                    _cancel(response)
+                    raise
         except (ReplicaDied, BackPressureError) as error:
             tries.failed(error)
         await tries.pause()
@@ -67,10 +73,11 @@ class _Tries:
 
     @asynccontextmanager
     async def turn(self) -> AsyncGenerator[None, None]:
-        """The next try; the last one begins alone."""
+        """The next try; from the third on they begin alone."""
         self._taken_at = None
         alone = self._alone
-        if alone is None or self._deaths < TRIES - 1:
+        # Those that do not count, too: one that kills may have waited for a slot before it did.
+        if alone is None or self._deaths + self._excused < TRIES - 1:
             yield
             return
         await alone.acquire()
@@ -112,7 +119,7 @@ class _Tries:
         """Raises InvalidRequest where there is no next try, and `error` where it says that the
         queue is full to a request that was never in it: others were accepted, and wait."""
         if not isinstance(error, ReplicaDied):
-            if not self._deaths:
+            if not (self._deaths or self._excused):
                 raise error
             return
         now = asyncio.get_running_loop().time()
@@ -127,7 +134,7 @@ class _Tries:
         count("lda_resent")
 
     async def pause(self) -> None:
-        await asyncio.sleep(FIRST_WAIT_S * 2 ** (self._deaths - 1))
+        await asyncio.sleep(FIRST_WAIT_S * max(1, self._deaths))
 
 
 def died() -> InvalidRequest:
@@ -150,8 +157,8 @@ async def ask_each(
     """What `call` answers, item by item; closed, it cancels the call.
 
     Raises as `ask` does, but asks again only before the first item. After that the answer ends in
-    ReplicaDied: what was said cannot be taken back. The last try is alone as in `ask`, at most
-    until the first item.
+    ReplicaDied: what was said cannot be taken back. The third try and those after it are alone as
+    in `ask`, at most until the first item.
     """
     tries = _Tries(alone)
     while True:
@@ -174,10 +181,21 @@ async def ask_each(
                 if begun:
                     raise
                 tries.failed(error)
+            except Exception:  # said by the replica, or by Serve
+                ended = True
+                raise
             finally:
                 if not ended:
-                    response.cancel()
+                    _cancel(response)
         await tries.pause()
+
+
+def _cancel(response: object) -> None:
+    """What nobody waits for any more. Serve raises what went wrong with it, if it ended meanwhile:
+    that must not take the place of the reason to leave."""
+    with suppress(Exception):
+        if cancel := getattr(response, "cancel", None):
+            cancel()
 
 
 async def ask_once(response: Awaitable[T]) -> T:

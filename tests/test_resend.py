@@ -14,6 +14,7 @@ from deployments import resend
 from deployments.schemas import InvalidRequest, NotReady, Overdue, ReplicaUnavailable
 
 BUSY = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+UNAVAILABLE = DeploymentUnavailableError(DeploymentID(name="LDAReplica"))
 
 
 def wrapped(error: Exception) -> Exception:
@@ -74,6 +75,7 @@ def test_the_last_try_of_one_is_not_beside_the_last_try_of_another(how: str) -> 
     """One request kills whatever it comes to, with all that is there: nine others that were beside
     it each time until their last try are answered."""
     there: set[int] = set()
+    left: list[int] = []
     killed = asyncio.Event()
     deaths: list[set[int]] = []
 
@@ -84,7 +86,7 @@ def test_the_last_try_of_one_is_not_beside_the_last_try_of_another(how: str) -> 
             self.i = i
 
         def cancel(self) -> None:
-            raise AssertionError("nobody leaves")
+            left.append(self.i)
 
         async def __anext__(self) -> int:
             nonlocal killed
@@ -118,6 +120,7 @@ def test_the_last_try_of_one_is_not_beside_the_last_try_of_another(how: str) -> 
     assert isinstance(poison, InvalidRequest) and poison.code == "replicas_died"
     assert others == list(range(1, 10))
     assert len(deaths) == resend.TRIES and len(deaths[0]) == 10 and deaths[-1] == {0}
+    assert left == ([] if how == "ask" else list(range(1, 10)))  # closed after an item
 
 
 @pytest.mark.parametrize("how", ["ask", "ask_each"])
@@ -132,9 +135,10 @@ def test_a_last_try_that_has_lived_for_a_while_lets_the_next_one_begin(
     class Call:
         def __init__(self) -> None:
             self.deaths = 0
+            self.left = False
 
         def cancel(self) -> None:
-            raise AssertionError("nobody leaves")
+            self.left = True
 
         async def __anext__(self) -> str:
             if self.deaths < resend.TRIES - 1:
@@ -150,7 +154,7 @@ def test_a_last_try_that_has_lived_for_a_while_lets_the_next_one_begin(
             return await resend.ask(call.__anext__, alone)
         async with contextlib.aclosing(resend.ask_each(lambda: call, alone)) as items:
             async for item in items:
-                call.cancel = lambda: None  # type: ignore[method-assign]
+                assert not call.left
                 return item
         return None
 
@@ -163,6 +167,27 @@ def test_a_last_try_that_has_lived_for_a_while_lets_the_next_one_begin(
 
     assert asyncio.run(all_of_them()) == ["text"] * 12
     assert begun == sorted(begun) and min(b - a for a, b in zip(begun, begun[1:], strict=False)) > 0
+
+
+def test_after_two_deaths_that_do_not_count_it_begins_alone_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or one that kills, but first waits for a slot each time, would be beside the last tries of
+    others."""
+    monkeypatch.setattr(resend, "FIRST_STEPS_S", -1.0)
+
+    async def run() -> list[bool]:
+        alone, found = asyncio.Lock(), list[bool]()
+
+        async def call() -> None:
+            found.append(alone.locked())
+            if len(found) < 6:
+                raise DEAD
+
+        await resend.ask(call, alone)
+        return found
+
+    assert asyncio.run(run()) == [False, False, True, True, True, True]
 
 
 def test_a_last_try_that_is_cancelled_lets_the_next_one_begin() -> None:
@@ -194,6 +219,12 @@ def test_a_full_queue_is_waited_for_once_a_request_was_accepted() -> None:
     assert streamed(Said(DEAD), Said(BUSY), Said(1)) == ([1], None, 3)
 
 
+def test_also_where_the_death_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resend, "FIRST_STEPS_S", -1.0)
+    call, seen = calls([DEAD, BUSY, "text"])
+    assert asyncio.run(resend.ask(call)) == "text" and len(seen) == 3
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -201,7 +232,7 @@ def test_a_full_queue_is_waited_for_once_a_request_was_accepted() -> None:
         (wrapped(NotReady("it starts", "starting")), NotReady),
         (wrapped(InvalidRequest("n", "must be 1")), InvalidRequest),
         (BUSY, BackPressureError),
-        (DeploymentUnavailableError(DeploymentID(name="LDAReplica")), ReplicaUnavailable),
+        (UNAVAILABLE, ReplicaUnavailable),
         (wrapped(KeyError("a bug")), KeyError),
     ],
 )
@@ -210,6 +241,36 @@ def test_what_would_fail_again_is_not_asked_again(error: Exception, kind: type) 
     with pytest.raises(kind):
         asyncio.run(resend.ask(call))
     assert len(seen) == 1
+    said = Said(error)
+    items, raised, asked = streamed(said, Said(1))
+    assert items == [] and isinstance(raised, kind) and asked == 1
+    assert not said.cancelled  # it is over, and Serve's `cancel` would raise its own error
+
+
+class Gone:
+    """A DeploymentResponse that nobody answers; `cancel` says what went wrong with it."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    def __await__(self) -> Any:
+        return asyncio.sleep(60).__await__()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        raise UNAVAILABLE
+
+
+def test_a_call_that_nobody_waits_for_is_cancelled() -> None:
+    gone = Gone()
+
+    async def leave() -> None:
+        async with asyncio.timeout(0.01):
+            await resend.ask(lambda: gone)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(leave())
+    assert gone.cancelled
 
 
 def test_when_one_of_several_fails_the_others_stop() -> None:

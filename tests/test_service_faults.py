@@ -223,7 +223,17 @@ def cancel_by_handle(client: httpx.Client, inside: Inside) -> None:
     )
 
 
-@pytest.mark.parametrize("leave", [leave_unary, leave_stream, cancel_by_handle])
+def one_of_many_is_refused(client: httpx.Client, inside: Inside) -> None:
+    """Where one prompt is too long, so are all of them; that, a replica says."""
+    asked = {"model": "lda", "n": 4, "max_tokens": 400, "ignore_eos": True, "seed": 1}
+    prompts = [f"{CANARY} {i}" for i in range(15)] + [f"{CANARY} " * 200]
+    answer = client.post("/v1/completions", json={**asked, "prompt": prompts})
+    assert answer.status_code == 400 and "context_length" in answer.text
+
+
+@pytest.mark.parametrize(
+    "leave", [leave_unary, leave_stream, cancel_by_handle, one_of_many_is_refused]
+)
 def test_rows_of_a_client_that_goes_are_gone(
     client: httpx.Client, inside: Inside, leave: Callable[[httpx.Client, Inside], None]
 ) -> None:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import request_ids
 from deployments.edge_body import Bodies, ClientGone, Refused, has_body, replayed
-from deployments.edge_json import TooManyValues, check_json
+from deployments.edge_json import MAX_KEYS, TooManyValues, check_json
 from deployments.edge_options import EdgeOptions, Keys
 from deployments.http_errors import answer, error_body, internal_error
 from deployments.ingress_metrics import count
@@ -156,7 +156,9 @@ class Edge:
                 check()
         except TooManyValues:
             raise Refused(
-                413, f"the body has more than {most[1]} values", "too_many_values"
+                413,
+                f"the body has more than {most[1]} values, or an object more than {MAX_KEYS} keys",
+                "too_many_values",
             ) from None
 
     def _log(

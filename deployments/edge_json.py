@@ -14,6 +14,7 @@ from deployments.schemas import InvalidRequest
 # One pass without going back, also over a string that never ends: `"?`.
 _STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{},"))
+MAX_KEYS = 10_000  # of one object: those that are not known are each an error
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
 
 
@@ -32,6 +33,9 @@ def check_json(
     # By whatever other encoding json.loads would find, it would read other JSON than is seen here.
     if json.detect_encoding(body) not in ("utf-8", "utf-8-sig"):
         raise _not_utf8()
+    # At most two strings for each value. More are not even taken out, which holds the interpreter.
+    if body.count(b'"') - body.count(b'\\"') > 4 * (max_values + 1):
+        raise TooManyValues
     structure = _STRINGS.sub(b"", body).translate(_ONE_KIND, _NOT_STRUCTURE)
     if structure.count(b",") + structure.count(b"[") > max_values:
         raise TooManyValues
@@ -47,8 +51,10 @@ def check_json(
         (key,) = twice.args
         param = key if key in known() else ""
         raise InvalidRequest(param, "a key is given more than once", "duplicate_key") from None
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, RecursionError):
         pass
+    except ValueError:  # of Python's integers
+        raise InvalidRequest("", "a number has too many digits", "invalid_json") from None
 
 
 def _not_utf8() -> InvalidRequest:
@@ -67,6 +73,8 @@ def _depth(brackets: bytes, most: int) -> int:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise TooManyValues
     found = dict(pairs)
     if len(found) < len(pairs):
         counts = Counter(key for key, _ in pairs)

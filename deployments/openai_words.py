@@ -106,9 +106,13 @@ def _prompt_kind(value: Any) -> str:
 PromptText = Annotated[Text, Field(min_length=1)]
 Prompts = Annotated[
     Annotated[PromptText, Tag(f"{UNION_TAG}text")]
-    | Annotated[Annotated[list[PromptText], Field(min_length=1)], Tag(f"{UNION_TAG}texts")]
+    | Annotated[
+        Annotated[list[PromptText], Field(fail_fast=True, min_length=1)], Tag(f"{UNION_TAG}texts")
+    ]
     | Annotated[TokenIds, Tag(f"{UNION_TAG}ids")]
-    | Annotated[Annotated[list[TokenIds], Field(min_length=1)], Tag(f"{UNION_TAG}id lists")],
+    | Annotated[
+        Annotated[list[TokenIds], Field(fail_fast=True, min_length=1)], Tag(f"{UNION_TAG}id lists")
+    ],
     Discriminator(_prompt_kind),
 ]
 StopText = Annotated[Text, Field(min_length=1, max_length=256)]
@@ -320,7 +324,7 @@ class ChatMessage(OpenWire):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Annotated[Text, Tag(f"{UNION_TAG}one")]
-        | Annotated[list[ContentPart], Tag(f"{UNION_TAG}list")],
+        | Annotated[list[ContentPart], Field(fail_fast=True), Tag(f"{UNION_TAG}list")],
         Discriminator(_one_or_list),
     ]
     name: Annotated[Any, Only()] = None
@@ -340,7 +344,7 @@ class ChatMessage(OpenWire):
 
 
 class ChatRequest(OpenAIRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     logprobs: bool = False
     top_logprobs: Top | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None

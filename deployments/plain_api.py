@@ -89,10 +89,10 @@ class LDARequest(_Decoding):
 
 
 class LDABatchRequest(_Decoding):
-    prompts: Annotated[list[Prompt], Field(min_length=1)]
+    prompts: Annotated[list[Prompt], Field(fail_fast=True, min_length=1)]
     alpha: Annotated[
         Annotated[Finite, Tag(f"{UNION_TAG}number")]
-        | Annotated[list[Finite], Tag(f"{UNION_TAG}list")],
+        | Annotated[list[Finite], Field(fail_fast=True), Tag(f"{UNION_TAG}list")],
         Discriminator(lambda v: UNION_TAG + ("list" if isinstance(v, list) else "number")),
     ] = Field(1.0, description="one for all, or one per prompt")
     n: Annotated[int, Field(ge=1, description="samples of each prompt")] = 1

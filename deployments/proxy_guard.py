@@ -47,14 +47,12 @@ class ProxyGuard:
         self._app, self._send_timeout_s = app, send_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             headers = [pair for pair in scope["headers"] if _passes(*pair)]
+            scope = {**scope, "headers": headers}
+        if scope["type"] == "http":
             connection = _Connection(receive, send, self._send_timeout_s)
-            scope, receive, send = (
-                {**scope, "headers": headers},
-                connection.receive,
-                connection.send,
-            )
+            receive, send = connection.receive, connection.send
         await self._app(scope, receive, send)
 
 

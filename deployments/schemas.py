@@ -107,8 +107,11 @@ _LONE_SURROGATE = "must not contain a lone surrogate"
 
 
 def _valid_unicode(value: object) -> object:
-    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(_LONE_SURROGATE)
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()  # no loop of ours over millions of characters
+        except UnicodeEncodeError:
+            raise ValueError(_LONE_SURROGATE) from None
     return value
 
 
@@ -136,13 +139,18 @@ TokenId = Annotated[int, Field(ge=0)]
 Bytes = Annotated[
     bytes, BeforeValidator(_from_base64), PlainSerializer(_to_base64, when_used="json")
 ]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+# fail_fast: only the first error is told, and two million of them take gigabytes.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1)]
 # In JSON and so from a client's `answer.json()` a list of two.
 TokenLogprob = Annotated[tuple[int, float], Field(strict=False)]
 Models = Literal["after", "before", "both"]
 Grid = Annotated[
     list[Finite],
-    Field(max_length=MAX_GRID, description="alphas whose densities are recorded at every token"),
+    Field(
+        fail_fast=True,
+        max_length=MAX_GRID,
+        description="alphas whose densities are recorded at every token",
+    ),
 ]
 PairName = Annotated[
     Text | None,
@@ -150,7 +158,7 @@ PairName = Annotated[
 ]
 Stops = Annotated[
     list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
-    Field(max_length=MAX_STOPS),
+    Field(fail_fast=True, max_length=MAX_STOPS),
 ]
 
 
@@ -173,7 +181,7 @@ class Steer(Wire):
     """
 
     trait: Text | None = None
-    vector: Annotated[list[Finite], Field(min_length=1)] | None = None
+    vector: Annotated[list[Finite], Field(fail_fast=True, min_length=1)] | None = None
     layer: Annotated[int, Field(ge=0, description="counted from 0")]
     coefficient: Finite
     models: Models = "both"
@@ -196,7 +204,7 @@ class GenerateRequest(Wire):
     prompt_ids: TokenIds | None = Field(
         None, description="the prompt as it is read, token by token"
     )
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)] | None = None
     open_prompt: Text | None = Field(
         None,
         description="a prompt that the model goes on writing: what the form puts behind a prompt "
@@ -226,6 +234,7 @@ class GenerateRequest(Wire):
     watch: Annotated[
         list[TokenId],
         Field(
+            fail_fast=True,
             max_length=MAX_WATCHED,
             description="tokens whose log-probability at this alpha is wanted at every step",
         ),
@@ -308,8 +317,8 @@ class Continuation(Wire):
     """Text or token ids, after `given` token ids that belong to the answer already."""
 
     text: Annotated[Text, Field(min_length=1)] | None = None
-    token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
-    given: list[TokenId] = []
+    token_ids: TokenIds | None = None
+    given: Annotated[list[TokenId], Field(fail_fast=True)] = []
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -386,6 +395,7 @@ class StreamRequest(GenerateRequest):
     alphas: Annotated[
         list[Finite],
         Field(
+            fail_fast=True,
             max_length=MAX_STREAMED_ALPHAS,
             description="side by side, each with the same seed; none: alpha alone",
         ),
@@ -444,7 +454,9 @@ class ScoreRequest(Wire):
     prompt_format: PromptFormat = "raw"
     system_prompt: Text | None = None
     allow_special_tokens: bool = False
-    continuations: Annotated[list[Continuation], Field(min_length=1, max_length=MAX_CONTINUATIONS)]
+    continuations: Annotated[
+        list[Continuation], Field(fail_fast=True, min_length=1, max_length=MAX_CONTINUATIONS)
+    ]
     grid: Grid = [0.0]
     temperature: Annotated[Finite, Field(gt=0.0, le=100.0)] = 1.0
     top: Annotated[
@@ -496,7 +508,9 @@ class CaptureRequest(Wire):
     prompt_format: PromptFormat = "raw"
     system_prompt: Text | None = None
     allow_special_tokens: bool = False
-    completions: Annotated[list[Continuation], Field(max_length=MAX_COMPLETIONS)] = []
+    completions: Annotated[
+        list[Continuation], Field(fail_fast=True, max_length=MAX_COMPLETIONS)
+    ] = []
     traits: Annotated[
         Bytes | None,
         Field(
@@ -648,7 +662,8 @@ def explain(errors: Any, model: type[BaseModel] | None = None) -> InvalidRequest
         param += f"[{part}]" if isinstance(part, int) else (f".{part}" if param else str(part))
     if first["type"] == "extra_forbidden":
         known = list(model.model_fields) if model else []
-        close = difflib.get_close_matches(str(loc[-1]), known, n=1, cutoff=CLOSE)
+        said = str(loc[-1])  # in which difflib looks at every character
+        close = difflib.get_close_matches(said, known, n=1, cutoff=CLOSE) if len(said) <= 80 else []
         hint = f"; did you mean {close[0]}?" if close else ""
         shown = "".join(c if c.isprintable() else "?" for c in param[:80])
         return InvalidRequest(shown, f"unknown field{hint}", "unknown_field")

@@ -74,7 +74,7 @@ class TokenizeRequest(Wire):
 
     model: Text = "lda"
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)] | None = None
     add_special_tokens: bool | None = Field(
         None, description="default: true for a prompt; messages have those of the template"
     )
@@ -99,7 +99,7 @@ class TokenizeAnswer(BaseModel):
 
 class DetokenizeRequest(Wire):
     model: Text = "lda"
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class DetokenizeAnswer(BaseModel):

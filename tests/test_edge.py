@@ -9,7 +9,8 @@ import logging
 import os
 import re
 import tracemalloc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from conftest import ROOT
 from fakes import PAIR
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 from ray import serve
 from ray.serve._private.http_util import RequestIdMiddleware, validate_http_proxy_callback_return
 from starlette.datastructures import Headers
@@ -27,7 +29,7 @@ from starlette.datastructures import Headers
 from deployments import ingress, request_ids
 from deployments.edge import Edge, EdgeMiddleware
 from deployments.edge_body import SMALL_BYTES
-from deployments.edge_json import TooManyValues, check_json
+from deployments.edge_json import MAX_KEYS, TooManyValues, check_json
 from deployments.edge_options import EdgeError, EdgeOptions
 from deployments.http_errors import install_error_handlers
 from deployments.plain_api import LDARequest
@@ -356,6 +358,50 @@ def test_values_are_counted() -> None:
         check_json(b'{"a": [1, 2, 3, 4]}', 9, 4, frozenset)
     answer = ask("POST", "/body/a", edge_of(max_json_values=9), json={"prompt": [1] * 10})
     assert code(answer) == (413, "too_many_values")
+
+
+def test_what_would_take_seconds_to_refuse_is_refused_first() -> None:
+    """Strings without a comma, keys that nobody knows, integers that Python does not read."""
+    check_json(b'{"a": "b", "c": ["d", "e"], "\\"\\"": "\\"\\"\\""}', 9, 5, frozenset)
+    with pytest.raises(TooManyValues):
+        check_json(b'"' * 60, 9, 9, frozenset)
+    for keys, many in ((MAX_KEYS, False), (MAX_KEYS + 1, True)):
+        body = json.dumps({str(i): 0 for i in range(keys)}).encode()
+        with pytest.raises(TooManyValues) if many else nullcontext():
+            check_json(body, 9, 10**6, frozenset)
+    with pytest.raises(InvalidRequest, match="digits") as refused:
+        check_json(b'{"seed": ' + b"1" * 5000 + b"}", 9, 9, frozenset)
+    assert refused.value.code == "invalid_json"
+
+
+def test_lists_end_at_their_first_error() -> None:
+    """Only it is told, and two million of them would take gigabytes."""
+
+    def lists(schema: Any) -> Iterator[dict[str, Any]]:
+        if isinstance(schema, dict):
+            if schema.get("type") == "list":
+                yield schema
+            schema = schema.values()
+        if not isinstance(schema, str):
+            with suppress(TypeError):
+                for part in schema:
+                    yield from lists(part)
+
+    def kinds(of: type[BaseModel]) -> Iterator[type[BaseModel]]:
+        yield of
+        for one in of.__subclasses__():
+            yield from kinds(one)
+
+    paths = ingress.app.openapi()["paths"].values()
+    bodies = json.dumps(
+        [one["requestBody"] for path in paths for one in path.values() if "requestBody" in one]
+    )
+    names = set(re.findall(r"schemas/(\w+)", bodies))
+    asked = [model for model in kinds(BaseModel) if model.__name__ in names]
+    assert len(names) > 8 and names == {model.__name__ for model in asked}
+    for model in asked:
+        for one in lists(model.__pydantic_core_schema__):
+            assert one.get("fail_fast"), f"a list of {model.__name__}: {one['items_schema']}"
 
 
 def test_refusals_are_counted_by_their_code(
@@ -775,6 +821,22 @@ async def seen_by_serve(*headers: tuple[bytes, bytes]) -> tuple[Any, Any]:
     scope = {"type": "http", "headers": list(headers)}
     await ProxyGuard(RequestIdMiddleware(app))(scope, Raw().receive, send)
     return seen, sent
+
+
+def test_nor_of_a_handshake() -> None:
+    async def run() -> None:
+        seen: list[Any] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            seen.append(scope["headers"])
+
+        bad = (b"x-request-id", "\u2028".encode())
+        for kind in ("http", "websocket"):
+            scope = {"type": kind, "headers": [bad, (b"host", b"a")]}
+            await ProxyGuard(app)(scope, Raw().receive, Raw().send)
+        assert seen == [[(b"host", b"a")]] * 2
+
+    asyncio.run(run())
 
 
 def test_the_proxy_passes_on_no_header_that_it_would_stumble_over() -> None:

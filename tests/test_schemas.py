@@ -276,3 +276,14 @@ def test_the_likeliest_tokens_come_back_from_json() -> None:
     said = json.loads(done.model_dump_json())
     assert said["top_logprobs"] == [[[5, -0.5], [6, -1.0]]]
     assert Completion.model_validate(said) == done
+
+
+def test_a_name_of_megabytes_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def close(word: str, *rest: Any, **more: Any) -> list[str]:
+        assert len(word) <= 80
+        return []
+
+    monkeypatch.setattr("deployments.schemas.difflib.get_close_matches", close)
+    for name in ("x" * 80, "x" * 10**6):
+        with pytest.raises(InvalidRequest, match="unknown field"):
+            parse(GenerateRequest, {"prompt": "a", name: 1})

@@ -32,7 +32,7 @@ OPEN_PATH = "/health"
 CLIENT_GONE = 499  # in the log: nginx's number for it
 _METHODS = frozenset("GET HEAD POST PUT PATCH DELETE OPTIONS".split())
 # Larger ones are looked at in a thread: others are answered between its steps, each of which holds
-# the interpreter, for up to 0.2 s with a body of 28 MB.
+# the interpreter, for tenths of a second with the largest bodies.
 _LARGE_BYTES = 2**18
 
 

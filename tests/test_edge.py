@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import os
+import random
 import re
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,7 +27,7 @@ from ray import serve
 from ray.serve._private.http_util import RequestIdMiddleware, validate_http_proxy_callback_return
 from starlette.datastructures import Headers
 
-from deployments import ingress, request_ids
+from deployments import edge_json, ingress, request_ids
 from deployments.edge import Edge, EdgeMiddleware
 from deployments.edge_body import SMALL_BYTES
 from deployments.edge_json import MAX_KEYS, TooManyValues, check_json
@@ -350,6 +351,20 @@ def test_depth_is_exact_and_strings_do_not_count() -> None:
                 with pytest.raises(InvalidRequest, match="deeper than"):
                     check_json(text.encode(), depth - 1, 100, frozenset)
     check_json(b'["[[[[[\\"[[[[", {"}]}[[[[": "\\\\"}]', 2, 100, frozenset)
+
+
+def test_a_body_is_looked_at_in_pieces_as_if_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a string does not end, or ends in what only looks like its end."""
+    two = re.compile(edge_json._SOME.pattern.replace(b"20000", b"2"), re.DOTALL)
+    monkeypatch.setattr(edge_json, "_SOME", two)
+    rng, found = random.Random(0), set()
+    for _ in range(3000):
+        body = bytes(rng.choices(b'"\\[]{},a ', k=rng.randrange(40)))
+        outside = edge_json._STRINGS.sub(b"", body)
+        whole = outside.translate(edge_json._ONE_KIND, edge_json._NOT_STRUCTURE)
+        assert edge_json._structure(body) == whole
+        found.add(whole)
+    assert len(found) > 1000
 
 
 def test_values_are_counted() -> None:

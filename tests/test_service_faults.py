@@ -242,7 +242,9 @@ def test_rows_of_a_client_that_goes_are_gone(
     leave(client, inside)
     wait_until(lambda: not any(live + wait for live, wait, _ in inside.counts().values()))
     steps = sum(steps for _, _, steps in inside.counts().values()) - before
-    assert 0 < steps < STEPS_OF_BIG / 2
+    # Of many prompts one may be refused before the others take a step.
+    assert steps > 0 or leave is one_of_many_is_refused
+    assert 0 <= steps < STEPS_OF_BIG / 2
 
 
 # -- replicas ------------------------------------------------------------------------------
